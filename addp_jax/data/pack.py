@@ -1,0 +1,114 @@
+"""Packs an image folder into array_record shards: one large sequential file instead of many small ones.
+
+    python -m addp_jax.data.pack --input FOLDER --output FOLDER [--split train] [--shards N]
+
+The shards hold the files' bytes as they are, in the order of the folder or of
+its list `meta/<split>.txt`, and are read with config.data.source=array_record.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+
+import msgpack
+from array_record.python import array_record_module
+
+from addp_jax import errors
+from addp_jax.data import sources, transforms
+
+_IMAGES_PER_SHARD = 10_000
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line; returns the exit status, 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(prog="python -m addp_jax.data.pack", description=__doc__.splitlines()[0])
+    parser.add_argument("--input", required=True, help="image folder, or folder with meta/<split>.txt")
+    parser.add_argument("--output", required=True, help="folder for the shards")
+    parser.add_argument("--split", default="train", choices=("train", "val"))
+    parser.add_argument("--shards", type=int, default=0, help=f"default: one per {_IMAGES_PER_SHARD} images")
+    arguments = parser.parse_args(argv)
+    try:
+        pack(arguments.input, arguments.output, arguments.split, arguments.shards)
+    except errors.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def pack(input_folder: str, output: str, split: str = "train", num_shards: int = 0):
+    """Writes `<split>-00000-of-0000N.array_record` and `<split>-classes.json`.
+
+    The files appear under their names only when all of them are complete.
+
+    Args:
+      input_folder: what config.data.path would be for the unpacked images.
+      output: folder, made if missing.
+      split: "train" or "val", with the meaning it has for the input.
+      num_shards: 0 = one per 10,000 images.
+
+    Raises:
+      UserError: shards of this split are already there, or an image cannot be
+        decoded, with its name.
+    """
+    source = _open(input_folder, split)
+    existed = os.path.isdir(output)
+    if existed and any(name.startswith(f"{split}-") for name in os.listdir(output)):
+        raise errors.UserError(f"--output: {output!r} already holds {split}- files; remove them or choose another folder")
+    os.makedirs(output, exist_ok=True)
+    folder = tempfile.mkdtemp(prefix=".packing-", dir=output)
+    try:
+        _write_all(source, folder, split, min(num_shards or 1 + len(source) // _IMAGES_PER_SHARD, len(source)))
+        for name in sorted(os.listdir(folder)):
+            os.rename(os.path.join(folder, name), os.path.join(output, name))
+    finally:
+        shutil.rmtree(folder)
+        if not existed and not os.listdir(output):
+            os.rmdir(output)
+
+
+def _open(folder: str, split: str) -> sources.Files:
+    if os.path.exists(os.path.join(folder, "meta", f"{split}.txt")):
+        return sources.MetaList(folder, split)
+    return sources.ImageFolder(folder, "train" if split == "train" else "eval")
+
+
+def _write_all(source: sources.Files, folder: str, split: str, num_shards: int):
+    start = time.time()
+    bounds = [len(source) * shard // num_shards for shard in range(num_shards + 1)]
+    names = [f"{split}-{shard:05}-of-{num_shards:05}.array_record" for shard in range(num_shards)]
+    with open(os.path.join(folder, f"{split}-classes.json"), "w", encoding="utf-8") as file:
+        json.dump(source.classes, file)
+    # Threads suffice: decoding releases the interpreter lock.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as executor:
+        jobs = [
+            executor.submit(_write, source, range(bounds[shard], bounds[shard + 1]), os.path.join(folder, name))
+            for shard, name in enumerate(names)
+        ]
+        try:
+            for done, job in enumerate(jobs, 1):
+                job.result()
+                rate = bounds[done] / (time.time() - start)
+                print(f"{names[done - 1]}: {bounds[done]} of {len(source)} images, {rate:.0f} images/s", flush=True)
+        finally:
+            executor.shutdown(cancel_futures=True)
+
+
+def _write(source: sources.Files, indices: range, path: str):
+    writer = array_record_module.ArrayRecordWriter(path, "group_size:1,uncompressed")
+    try:
+        for i in indices:
+            example = source[i]
+            transforms.decode(example["image"], example["path"])
+            name = os.path.relpath(example["path"], source.root)
+            writer.write(msgpack.packb({"image": example["image"], "label": int(example["label"]), "path": name}))
+    finally:
+        writer.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

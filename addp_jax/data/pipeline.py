@@ -1,0 +1,307 @@
+"""Global order, augmentation, per-process rows, batches, prefetch.
+
+Batch n is a function of (source, seed, n) alone: nothing of the pipeline needs
+to be saved, and the number of processes, workers and threads may change
+between runs.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+
+import grain
+import jax
+import numpy as np
+
+from addp_jax import errors
+from addp_jax.data import shapes, sources
+
+Transform = Callable[[dict, np.random.Generator], dict]
+
+_SHAPES_SEED = {"train": 0, "eval": 1}
+_SHAPES_SIZE = {"train": 50_000, "eval": 2_000}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """config.data: where the images come from and how they are read.
+
+    Attributes:
+      source: "shapes", "image_folder", "meta_list", "array_record" or "tfds".
+      path: the image folder, the folder or glob of array_record shards, or the
+        TFDS data_dir.
+      name: TFDS data set, e.g. "imagenet2012".
+      train_split: sub-folder, list or TFDS split to train on.
+      eval_split: the same for evaluation.
+      num_train: examples to train on; 0 = all (shapes: 50,000). A part is spread
+        evenly over the source, so every class keeps its share.
+      num_eval: the same for evaluation; 0 = all (shapes: 2,000).
+      crop_scale: range of the random crop's area, fraction of the image.
+      flip: mirror half of the training images.
+      max_objects: objects per picture, shapes only.
+      workers: worker processes; 0 = threads only.
+      threads: reader threads in each process; 0 = none.
+      prefetch: batches held ready in each process.
+    """
+
+    source: str = "shapes"
+    path: str = ""
+    name: str = ""
+    train_split: str = "train"
+    eval_split: str = "val"
+    num_train: int = 0
+    num_eval: int = 0
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    flip: bool = True
+    max_objects: int = 1
+    workers: int = 0
+    threads: int = 2
+    prefetch: int = 4
+
+    def __post_init__(self):
+        for name in ("num_train", "num_eval", "workers", "threads", "prefetch"):
+            if getattr(self, name) < 0:
+                raise errors.UserError(f"config.data.{name} = {getattr(self, name)} must not be negative")
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise errors.UserError(f"config.data.crop_scale = {self.crop_scale} must be two fractions, the smaller first")
+        if self.max_objects < 1:
+            raise errors.UserError(f"config.data.max_objects = {self.max_objects} must be at least 1")
+
+
+def open_source(config: Config, split: str, image_size: int = 64):
+    """The source of one split.
+
+    Args:
+      config: where the images are.
+      split: "train" or "eval".
+      image_size: side in pixels of the generated shapes; other sources ignore it.
+
+    Raises:
+      UserError: unknown source, or what the source raises.
+    """
+    wanted = config.num_train if split == "train" else config.num_eval
+    if config.source == "shapes":
+        return shapes.Shapes(wanted or _SHAPES_SIZE[split], _SHAPES_SEED[split], image_size, config.max_objects)
+    source = _open_files(config, split)
+    if wanted > len(source):
+        raise errors.UserError(f"config.data.num_{split} = {wanted}, but {source!r} has fewer; use 0 for all")
+    return Part(source, wanted) if wanted else source
+
+
+def _open_files(config: Config, split: str):
+    name = config.train_split if split == "train" else config.eval_split
+    if config.source == "tfds":
+        return sources.Tfds(config.name, name, config.path)
+    if config.source not in ("image_folder", "meta_list", "array_record"):
+        raise errors.UserError(
+            f"config.data.source = {config.source!r}; choose shapes, image_folder, meta_list, array_record or tfds"
+        )
+    if not config.path:
+        raise errors.UserError(f"config.data.path is empty; config.data.source={config.source} reads from it")
+    if config.source == "image_folder":
+        return sources.ImageFolder(config.path, split, config.train_split, config.eval_split)
+    return (sources.MetaList if config.source == "meta_list" else sources.ArrayRecord)(config.path, name)
+
+
+class Part:
+    """`size` examples spread evenly over a source: sources are sorted by class."""
+
+    def __init__(self, source, size: int):
+        self.source, self.size, self.classes = source, size, source.classes
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, i: int) -> dict:
+        return self.source[int(i) * len(self.source) // self.size]
+
+    def __repr__(self) -> str:
+        return f"Part({self.source!r}, {self.size})"
+
+
+def train_batches(
+    source,
+    transform: Transform,
+    *,
+    seed: int,
+    batch_size: int,
+    start_step: int,
+    config: Config,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> "Batches":
+    """An endless iterator of this process's rows of batch start_step, start_step + 1, ...
+
+    Examples are shuffled anew in every epoch. Shuffling and random transforms
+    belong to the global order, so the rows of all processes, put one after the
+    other, are the batch that a single process would have had.
+
+    Args:
+      source: random-access source.
+      transform: (example, rng) -> dict of arrays of fixed shapes.
+      seed: of the order and the augmentation.
+      batch_size: examples in a global batch.
+      start_step: the first batch wanted.
+      config: workers, threads and prefetch are read.
+      process_index: this process.
+      process_count: how many processes share a batch.
+
+    Returns:
+      Batches of dicts of arrays [batch_size // process_count, ...]. Call its
+      close() when done.
+
+    Raises:
+      UserError: fewer examples than a batch, a batch that the processes cannot
+        share; while iterating, an image that cannot be read, with its name.
+    """
+    _check_batch_size(batch_size, process_count)
+    if len(source) < batch_size:
+        raise errors.UserError(
+            f"config.data.path: {source!r} has {len(source)} examples, fewer than config.batch_size = {batch_size}; "
+            "lower config.batch_size or add images"
+        )
+    examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None).random_map(transform)
+    rows = _Rows(examples, batch_size, process_index, process_count)
+    return _iterate(rows, config, start_step)
+
+
+def eval_batches(
+    source,
+    transform: Transform,
+    *,
+    batch_size: int,
+    config: Config,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> "Batches":
+    """Every example once, in index order, with "valid": bool [B], False = padding.
+
+    The last batch is filled up by repeating the last example, so that all
+    batches have one shape and all processes have as many. Arguments, result and
+    errors as for `train_batches`.
+    """
+    _check_batch_size(batch_size, process_count)
+    padded = _Padded(source, -(-len(source) // batch_size) * batch_size)
+    examples = grain.MapDataset.source(padded).seed(0).random_map(transform)
+    examples = examples.map_with_index(_MarkValid(len(source)))
+    return _iterate(_Rows(examples, batch_size, process_index, process_count), config, 0)
+
+
+def _check_batch_size(batch_size: int, process_count: int):
+    if batch_size < 1 or batch_size % process_count:
+        raise errors.UserError(
+            f"config.batch_size = {batch_size} must be a positive multiple of the {process_count} process(es)"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Padded:
+    source: object
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, i: int) -> dict:
+        return self.source[min(int(i), len(self.source) - 1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _MarkValid:
+    num_examples: int
+
+    def __call__(self, index: int, example: dict) -> dict:
+        return {**example, "valid": np.bool_(index < self.num_examples)}
+
+
+class _Rows:
+    """One process's rows: a block of every batch, not every n-th example.
+
+    Blocks are what `jax.make_array_from_process_local_data` puts side by side,
+    so row r of a global batch is the same example for any process count.
+    """
+
+    def __init__(self, examples, batch_size: int, process_index: int, process_count: int):
+        self.examples, self.batch_size = examples, batch_size
+        self.rows = batch_size // process_count
+        self.first = process_index * self.rows
+
+    def __len__(self) -> int:
+        return len(self.examples) // self.batch_size * self.rows
+
+    def __getitem__(self, i: int) -> dict:
+        batch, row = divmod(int(i), self.rows)
+        return self.examples[batch * self.batch_size + self.first + row]
+
+
+def _iterate(rows: _Rows, config: Config, start_step: int) -> "Batches":
+    # Batching before the split over workers: otherwise their number changes the batches.
+    batches = grain.MapDataset.source(rows).batch(rows.rows, drop_remainder=True)[start_step:]
+    prefetch = max(config.prefetch, config.threads)
+    batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=prefetch))
+    if config.workers:
+        options = grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=1)
+        batches = batches.mp_prefetch(options)
+    return Batches(iter(batches))
+
+
+class Batches(Iterator):
+    """An iterator of batches that must be closed: close() ends threads and workers.
+
+    Also a context manager. An error ends it, and a `UserError` from a thread or
+    a worker process arrives as such.
+    """
+
+    def __init__(self, iterator):
+        self._iterator = iterator
+
+    def __next__(self) -> dict:
+        try:
+            # A copy of what workers send: a worker's arrays live in shared memory that outlives neither it nor close().
+            batch = next(self._iterator)
+            return {name: x if type(x) is np.ndarray else np.array(x) for name, x in batch.items()}
+        except StopIteration:
+            raise
+        except Exception as error:
+            self.close()
+            raise _cause(error)
+
+    def close(self):
+        self._iterator.close()
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The UserError behind an exception, or the exception itself."""
+    cause = error
+    while cause is not None and not isinstance(cause, errors.UserError):
+        cause = cause.__cause__ or cause.__context__
+    return cause or error
+
+
+def to_device(batches: Iterable[dict], sharding: jax.sharding.NamedSharding, depth: int = 2) -> Iterator[dict]:
+    """Moves host batches to the devices `depth` batches ahead of their use.
+
+    Args:
+      batches: dicts of arrays [rows of this process, ...]; closed with the generator.
+      sharding: of the leading axis.
+      depth: batches on the devices at a time, at least 1.
+
+    Yields:
+      Dicts of global arrays [B, ...].
+    """
+    ready = collections.deque()
+    try:
+        for batch in batches:
+            ready.append({name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()})
+            if len(ready) >= depth:
+                yield ready.popleft()
+        while ready:
+            yield ready.popleft()
+    finally:
+        getattr(batches, "close", lambda: None)()

@@ -1,0 +1,177 @@
+"""Masked-token diffusion: the vocabulary, the schedules and the corruption. JAX and numpy only.
+
+| code | meaning, shape, dtype | unit / range | paper |
+|---|---|---|---|
+| `image` | float32 `[B,H,W,3]` (uint8 in the pipeline) | RGB in [0,1] | x |
+| `token_ids` | int32 `[B,L]` | 0..K-1 | z (hard) |
+| `mask` | bool `[B,L]` | True = masked / unknown | m |
+| `mask_t`, `mask_s` | as above, `mask_s` inside `mask_t` | s is a step *cleaner* than t | m_t, m_(t-1) |
+| `probs`, `logits` | float32 `[B,L,K]` | over the K codes only | z-bar |
+| `codebook` | float32 `[K,Z]` | | e |
+| `latents` | float32 `[B,h,w,Z]` | codebook space | |
+| `mask_ratio` / `num_masked` | fraction (0,1] / int 1..L | of the L tokens | gamma |
+| `t` / `step` | diffusion index / optimizer step | never interchanged | |
+
+Axis letters: B batch, H W pixels, h w token grid, L = h*w, D width, N heads, K codes, Z code width,
+T sampling steps, C classes. A mask is cleaner when fewer tokens are masked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+GRID_POINTS = 100  # the cosine grid of the training schedule has points i = 0..100
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskSchedule:
+    """Training-time mask ratios: a normal density evaluated on a cosine grid (release's recipe)."""
+
+    low: float = 0.5  # smallest mask ratio, inclusive
+    high: float = 1.0  # largest mask ratio, exclusive
+    mean: float = 0.55  # of the density before it is cut to [low, high)
+    std: float = 0.25
+    max_jump: int = 5  # mask_t lies 1..max_jump grid points beyond mask_s
+    group: int = 1  # examples that share one ratio (the release: the whole batch of a device)
+
+
+def mask_ratio_grid(schedule: MaskSchedule) -> tuple[np.ndarray, np.ndarray]:
+    """Mask ratios `[R]` float32, ascending, and the probability of each `[R]` float64.
+
+    ratio_i = cos(pi/2 * i/100) where low <= ratio < high. The density is evaluated at the grid
+    points and normalised, not integrated, which tilts the mean towards high ratios.
+    """
+    points = np.float32(math.pi / 2) * (np.arange(GRID_POINTS + 1, dtype=np.float32) / np.float32(GRID_POINTS))
+    ratios = np.cos(points)[::-1]
+    ratios = ratios[(ratios >= schedule.low) & (ratios < schedule.high)]
+    density = np.exp(-0.5 * ((ratios.astype(np.float64) - schedule.mean) / schedule.std) ** 2)
+    return ratios, density / density.sum()
+
+
+def grid_num_masked(schedule: MaskSchedule, length: int) -> np.ndarray:
+    """Number of masked tokens at each grid point, int32 `[R]`: ceil(L * ratio)."""
+    return np.ceil(np.float32(length) * mask_ratio_grid(schedule)[0]).astype(np.int32)
+
+
+def rank(scores: jax.Array) -> jax.Array:
+    """Position of each entry in the ascending order of its row, int32 `[B,L]`; ties by index."""
+    return jnp.argsort(jnp.argsort(scores, axis=-1), axis=-1)
+
+
+def draw_nested_masks(key: jax.Array, schedule: MaskSchedule, batch: int, length: int):
+    """Draw `(mask_t, mask_s)`, bool `[B,L]`, with mask_s inside mask_t: one noise, two counts.
+
+    Raises ValueError when `schedule.group` does not divide the batch.
+    """
+    if batch % schedule.group:
+        raise ValueError(f"mask ratio group {schedule.group} does not divide the batch of {batch}")
+    index_key, jump_key, noise_key = jax.random.split(key, 3)
+    _, probs = mask_ratio_grid(schedule)
+    counts = jnp.asarray(grid_num_masked(schedule, length))
+    groups = (batch // schedule.group,)
+    index_s = jax.random.categorical(index_key, jnp.log(jnp.asarray(probs, jnp.float32)), shape=groups)
+    jump = jax.random.randint(jump_key, groups, 1, schedule.max_jump + 1)
+    index_t = jnp.minimum(index_s + jump, len(probs) - 1)
+    order = rank(jax.random.uniform(noise_key, (batch, length)))
+    num_t, num_s = (jnp.repeat(counts[i], schedule.group)[:, None] for i in (index_t, index_s))
+    return order < num_t, order < num_s
+
+
+def mix_latents(probs: jax.Array, token_ids: jax.Array, mask: jax.Array, codebook: jax.Array) -> jax.Array:
+    """Expected code where masked, hard code elsewhere: float32 `[B,L,Z]` (paper section 3.1, f = weighted sum)."""
+    soft = jnp.einsum("blk,kz->blz", probs, codebook, precision=jax.lax.Precision.HIGHEST)
+    return jnp.where(mask[..., None], soft, codebook[token_ids])
+
+
+def corrupt(teach, token_ids: jax.Array, mask_t: jax.Array, mask_s: jax.Array, codebook: jax.Array, rng: jax.Array):
+    """The training pair of one step t -> s (paper sections 3.1 and 3.2).
+
+    Args:
+      teach: `(mask, rng) -> probs [B,L,K]`, the frozen predictor's distribution given the tokens outside the mask.
+      mask_t, mask_s: bool `[B,L]`, mask_s inside mask_t.
+    Returns:
+      latents `[B,L,Z]`: true codes outside mask_s, the expectation of what mask_t lets the predictor know inside;
+      target `[B,L,K]`: the predictor's distribution given the tokens outside mask_s.
+    """
+    key_t, key_s = jax.random.split(rng)
+    latents = mix_latents(teach(mask_t, key_t), token_ids, mask_s, codebook)
+    return latents, teach(mask_s, key_s)
+
+
+def soft_cross_entropy(target: jax.Array, logits: jax.Array, mask: jax.Array, label_smoothing: float) -> jax.Array:
+    """Cross entropy to soft targets, averaged over each example's masked positions: float32 `[B]`.
+
+    Args:
+      target: probabilities `[B,L,K]`.
+      logits: `[B,L,V]` with V >= K; the classes beyond K are real classes of the softmax that
+        never are a target, and label smoothing spreads over all V (as in the release).
+      mask: `[B,L]`; every example must have a masked position.
+    """
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    codes = target.shape[-1]
+    hit = jnp.einsum("blk,blk->bl", target, log_probs[..., :codes])
+    loss = -(1 - label_smoothing) * hit - label_smoothing * log_probs.mean(-1)
+    return (loss * mask).sum(-1) / mask.sum(-1)
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+SCHEDULES = {
+    "cosine": lambda done: math.cos(math.pi / 2.0 * done),
+    "linear": lambda done: 1.0 - done,
+}
+
+
+def start_num_masked(length: int, mask_ratio: float) -> int:
+    """Masked tokens at the start of sampling with this mask ratio (the release's rounding)."""
+    return length - int(length * (1 - mask_ratio))
+
+
+def draw_masks(keys: jax.Array, length: int, num_masked: int) -> jax.Array:
+    """One random mask per key, bool `[B,L]`, with exactly `num_masked` masked tokens each."""
+    return rank(jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)) < num_masked
+
+
+def sampling_num_masked(schedule: str, steps: int, length: int, mask_ratio: float = 1.0) -> np.ndarray:
+    """Tokens that stay masked after each of the T steps, int32 `[T]`: ceil, never below 1.
+
+    The order of the floating-point operations is the release's: with fractional mask ratios it decides the ceil.
+    """
+    most = int(length * mask_ratio)
+    left = [SCHEDULES[schedule](1.0 * (step + 1) / steps) for step in range(steps)]
+    return np.array([min(max(math.ceil(length * ratio * mask_ratio), 1), most) for ratio in left], np.int32)
+
+
+def annealing(temperature: float, steps: int, annealed: bool) -> np.ndarray:
+    """Temperature of the confidence noise at each step, float32 `[T]`; annealed ends at 0."""
+    done = (np.arange(steps) + 1) / steps
+    return np.float32(temperature * (1 - done) if annealed else np.full(steps, temperature))
+
+
+def keep_nucleus(logits: jax.Array, top_p: float) -> jax.Array:
+    """Set the logits outside the nucleus to -inf: tokens are kept while the mass *before* them is below top_p."""
+    if top_p >= 1.0:
+        return logits
+    order = jnp.argsort(-logits, axis=-1)
+    probs = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), order, axis=-1)
+    kept_sorted = (jnp.cumsum(probs, axis=-1) - probs) < top_p
+    kept = jnp.take_along_axis(kept_sorted.at[..., 0].set(True), jnp.argsort(order, axis=-1), axis=-1)
+    return jnp.where(kept, logits, -jnp.inf)
+
+
+def least_confident(logits, token_ids, mask, noise, num_masked) -> jax.Array:
+    """The mask of the `num_masked` least confident tokens, by rank; known tokens have infinite confidence.
+
+    Args:
+      logits: `[B,L,K]`; the confidence is the log probability of `token_ids` `[B,L]` plus `noise` `[B,L]`.
+      mask: `[B,L]` tokens that were unknown before this step.
+      num_masked: how many stay masked, int.
+    """
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    score = jnp.take_along_axis(log_probs, token_ids[..., None], axis=-1)[..., 0] + noise
+    return rank(jnp.where(mask, score, jnp.inf)) < num_masked

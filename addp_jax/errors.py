@@ -1,0 +1,9 @@
+"""The one exception that is meant for the person at the keyboard."""
+
+
+class UserError(Exception):
+    """Something the user can put right: a wrong field, file or folder.
+
+    The message is one line that names the file or the config field and says
+    what to do. `main.py` prints it without a traceback and exits with status 2.
+    """

@@ -1,0 +1,65 @@
+"""Command line: `python -m addp_jax.main --config=configs/vitl.py --workdir=runs/vitl [--mode=train]`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from addp_jax import errors
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; any field can be set: --config.batch_size=64")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: checkpoints, logs, pictures")
+MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "generate", "benchmark"], "What to do")
+
+
+def parse(argv):
+    """Flags, with every mistake in one line."""
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # configs import configs.base
+    try:
+        rest = flags.FLAGS(argv)
+        if CONFIG.value is None:
+            raise ValueError("--config is missing: give a file, such as --config=configs/demo_tokenizer.py")
+        return rest
+    except Exception as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def run() -> None:
+    from addp_jax import benchmark, evaluate, generate, schema, train
+
+    fields = CONFIG.value.to_dict()
+    config = schema.build(train.Config, fields)
+    if MODE.value == "benchmark":
+        return benchmark.benchmark(config)
+    if not WORKDIR.value:
+        raise errors.UserError("--workdir is missing: give a folder for checkpoints, logs and pictures")
+    if MODE.value == "train":
+        print(CONFIG.value)
+        return train.train(config, WORKDIR.value)
+    program = train.build(config, num_train=config.batch_size)
+    if MODE.value == "evaluate":
+        return evaluate.evaluate(program, WORKDIR.value)
+    return generate.generate(program, schema.build(generate.Config, config.generate, "config.generate"), WORKDIR.value)
+
+
+def main(argv) -> None:
+    if len(argv) > 1:
+        print(f"error: {argv[1]!r} is not a flag; see --help", file=sys.stderr)
+        sys.exit(2)
+    try:
+        run()
+    except errors.UserError as error:
+        print("error:", error, file=sys.stderr)
+        sys.exit(2)
+
+
+def entry() -> None:
+    app.run(main, flags_parser=parse)
+
+
+if __name__ == "__main__":
+    entry()

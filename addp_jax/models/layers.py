@@ -1,0 +1,158 @@
+"""Transformer parts shared by every network: attention, MLP, pre-norm blocks, the scanned stack, the token head."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from addp_jax import partition
+
+LAYER_NORM_EPS = 1e-6
+HEAD_NORM_EPS = 1e-5  # the release's token heads use torch's default here
+EMBEDDING_INIT = nn.initializers.normal(0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Size of a stack of pre-norm transformer blocks."""
+
+    width: int = 768  # D
+    depth: int = 12
+    heads: int = 12  # N
+    mlp_ratio: int = 4
+    dropout: float = 0.1  # after attention weights, attention output and both MLP layers
+    drop_path: float = 0.0  # of the last block; grows linearly from 0 at the first
+    remat: str = "none"  # none | full | dots (save matmul outputs only); what is kept for the backward pass
+
+
+def layer_norm(name: str | None = None, eps: float = LAYER_NORM_EPS, dtype=None) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=eps, use_fast_variance=False, dtype=dtype, name=name)
+
+
+def dense(features: int, name: str, dtype=None) -> nn.Dense:
+    return nn.Dense(features, kernel_init=nn.initializers.xavier_uniform(), dtype=dtype, name=name)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; softmax in float32."""
+
+    heads: int
+    dropout: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, tokens, key_mask, train: bool):
+        """`tokens` [B,M,D], `key_mask` bool [B,M] or None (False keys are ignored) -> [B,M,D]."""
+        batch, length, width = tokens.shape
+        # Xavier over the fused (D, 3D) matrix, as the release initialises it; three matmuls avoid a relayout on TPU.
+        fused_xavier = nn.initializers.variance_scaling(0.5, "fan_avg", "uniform")
+
+        def project(name):
+            out = nn.Dense(width, kernel_init=fused_xavier, dtype=self.dtype, name=name)(tokens)
+            return out.reshape(batch, length, self.heads, width // self.heads)
+
+        query, key, value = project("query"), project("key"), project("value")
+        scores = jnp.einsum("bqnd,bknd->bnqk", query, key, preferred_element_type=jnp.float32)
+        scores = scores * (width // self.heads) ** -0.5
+        if key_mask is not None:
+            scores = jnp.where(key_mask[:, None, None, :], scores, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
+        weights = nn.Dropout(self.dropout, deterministic=not train)(weights)
+        out = jnp.einsum("bnqk,bknd->bqnd", weights, value).reshape(batch, length, width)
+        out = dense(width, "out", self.dtype)(out)
+        return nn.Dropout(self.dropout, deterministic=not train)(out)
+
+
+class Mlp(nn.Module):
+    """Two layers with an exact GELU between them."""
+
+    ratio: int
+    dropout: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, tokens, train: bool):
+        width = tokens.shape[-1]
+        hidden = jax.nn.gelu(dense(self.ratio * width, "fc1", self.dtype)(tokens), approximate=False)
+        hidden = nn.Dropout(self.dropout, deterministic=not train)(hidden)
+        out = dense(width, "fc2", self.dtype)(hidden)
+        return nn.Dropout(self.dropout, deterministic=not train)(out)
+
+
+class DropPath(nn.Module):
+    """Drops a residual branch of whole examples with probability `rate`, a traced scalar."""
+
+    @nn.compact
+    def __call__(self, branch, rate):
+        keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - rate, (branch.shape[0], 1, 1))
+        return jnp.where(keep, branch / (1.0 - rate).astype(branch.dtype), 0)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention and MLP, each with a residual."""
+
+    config: TransformerConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, tokens, drop_path, key_mask, train: bool):
+        config = self.config
+
+        def add(tokens, branch):
+            if config.drop_path and train:
+                branch = DropPath()(branch, drop_path)
+            return partition.constrain(tokens + branch, "batch", "length", "embed")
+
+        attention = Attention(config.heads, config.dropout, self.dtype, name="attention")
+        tokens = add(tokens, attention(layer_norm("norm1", dtype=self.dtype)(tokens), key_mask, train))
+        mlp = Mlp(config.mlp_ratio, config.dropout, self.dtype, name="mlp")
+        return add(tokens, mlp(layer_norm("norm2", dtype=self.dtype)(tokens), train))
+
+
+REMAT_POLICIES = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Blocks(nn.Module):
+    """`depth` blocks, scanned: their parameters are stacked on a leading axis."""
+
+    config: TransformerConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, tokens, key_mask=None, train: bool = False):
+        """`tokens` [B,M,D], `key_mask` bool [B,M] or None -> [B,M,D]."""
+        config = self.config
+        block = Block
+        if config.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, static_argnums=(4,), policy=REMAT_POLICIES[config.remat])
+        scan = nn.scan(
+            lambda module, carry, drop_path: (module(carry, drop_path, key_mask, train), None),
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True, "dropout": True},
+            length=config.depth,
+        )
+        drop_path = jnp.asarray(np.linspace(0, config.drop_path, config.depth), jnp.float32)
+        tokens = partition.constrain(tokens, "batch", "length", "embed")
+        return scan(block(config, self.dtype, name="block"), tokens, drop_path)[0]
+
+
+class TokenHead(nn.Module):
+    """Token logits from features: dense, GELU, norm, product with the (detached) token embedding, bias."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, features, token_embed):
+        """`features` [B,M,D], `token_embed` [V,D] (no gradient goes into it here) -> float32 [B,M,V]."""
+        hidden = jax.nn.gelu(dense(token_embed.shape[1], "fc", self.dtype)(features), approximate=False)
+        hidden = layer_norm("norm", HEAD_NORM_EPS, self.dtype)(hidden)
+        table = jax.lax.stop_gradient(token_embed).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (token_embed.shape[0],))
+        return jnp.einsum("bmd,vd->bmv", hidden, table, preferred_element_type=jnp.float32) + bias[None, None]

@@ -1,0 +1,179 @@
+"""The tokenizer: MaskGIT's convolutional VQGAN. Images in [0,1] <-> a grid of codebook entries."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from addp_jax import errors
+
+GROUP_NORM_EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Each entry of `multipliers` is a resolution level; between levels the image shrinks by 2."""
+
+    image_size: int = 256  # pixels
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2  # per level
+    num_codes: int = 1024  # K
+    code_width: int = 256  # Z
+    num_groups: int = 32  # of every GroupNorm
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels per token along one side."""
+        return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def grid(self) -> int:
+        """Tokens along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def length(self) -> int:
+        return self.grid**2
+
+
+def conv(features: int, size: int, bias: bool, name: str, dtype) -> nn.Conv:
+    return nn.Conv(features, (size, size), use_bias=bias, dtype=dtype, name=name)
+
+
+class NormSwish(nn.Module):
+    groups: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, features):
+        norm = nn.GroupNorm(self.groups, epsilon=GROUP_NORM_EPS, use_fast_variance=False, dtype=self.dtype, name="norm")
+        return nn.swish(norm(features))
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions. Where the width changes, the shortcut acts on the block's *output*.
+
+    So it is in MaskGIT's code and in all weights trained with it: the input does not reach the sum there.
+    """
+
+    features: int
+    groups: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, inputs):
+        hidden = NormSwish(self.groups, self.dtype, name="norm1")(inputs)
+        hidden = conv(self.features, 3, False, "conv1", self.dtype)(hidden)
+        hidden = NormSwish(self.groups, self.dtype, name="norm2")(hidden)
+        hidden = conv(self.features, 3, False, "conv2", self.dtype)(hidden)
+        if inputs.shape[-1] != self.features:
+            inputs = conv(self.features, 1, False, "shortcut", self.dtype)(hidden)
+        return inputs + hidden
+
+
+class Encoder(nn.Module):
+    """Image [B,H,W,3] -> features [B,h,w,Z]; 2x2 average pooling between levels."""
+
+    config: Config
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, image):
+        config = self.config
+        hidden = conv(config.channels, 3, False, "conv_in", self.dtype)(image)
+        for level, multiplier in enumerate(config.multipliers):
+            if level:
+                hidden = nn.avg_pool(hidden, (2, 2), (2, 2))
+            for index in range(config.num_res_blocks):
+                name = f"down_{level}_{index}"
+                hidden = ResBlock(config.channels * multiplier, config.num_groups, self.dtype, name=name)(hidden)
+        for index in range(2):
+            hidden = ResBlock(hidden.shape[-1], config.num_groups, self.dtype, name=f"mid_{index}")(hidden)
+        hidden = NormSwish(config.num_groups, self.dtype, name="norm_out")(hidden)
+        return conv(config.code_width, 1, True, "conv_out", self.dtype)(hidden)
+
+
+class Decoder(nn.Module):
+    """Latents [B,h,w,Z] -> image [B,H,W,3]; nearest upsampling and a convolution between levels."""
+
+    config: Config
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, latents):
+        config = self.config
+        top = len(config.multipliers) - 1
+        hidden = conv(config.channels * config.multipliers[top], 3, True, "conv_in", self.dtype)(latents)
+        for index in range(2):
+            hidden = ResBlock(hidden.shape[-1], config.num_groups, self.dtype, name=f"mid_{index}")(hidden)
+        for level in range(top, -1, -1):
+            features = config.channels * config.multipliers[level]
+            for index in range(config.num_res_blocks):
+                hidden = ResBlock(features, config.num_groups, self.dtype, name=f"up_{level}_{index}")(hidden)
+            if level:
+                hidden = hidden.repeat(2, axis=1).repeat(2, axis=2)
+                hidden = conv(features, 3, True, f"upsample_{level}", self.dtype)(hidden)
+        hidden = NormSwish(config.num_groups, self.dtype, name="norm_out")(hidden)
+        return conv(3, 3, True, "conv_out", self.dtype)(hidden)
+
+
+class Tokenizer(nn.Module):
+    """Vector-quantised autoencoder."""
+
+    config: Config
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        config = self.config
+        self.encoder = Encoder(config, self.dtype)
+        self.decoder = Decoder(config, self.dtype)
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
+        self.codebook = self.param("codebook", init, (config.num_codes, config.code_width))
+
+    def __call__(self, image):
+        """Reconstruction [B,H,W,3], unclipped; touches every parameter (for `init`)."""
+        token_ids = self.encode(image)
+        return self.decode(self.lookup(token_ids))
+
+    def features(self, image):
+        """`image` [B,H,W,3] in [0,1] -> features before quantisation, float32 [B,L,Z] in raster order."""
+        return rearrange(self.encoder(image).astype(jnp.float32), "b h w z -> b (h w) z")
+
+    def encode(self, image):
+        """`image` [B,H,W,3] in [0,1] -> nearest codes, int32 [B,L] in raster order."""
+        return jnp.argmin(self.distances(self.features(image)), axis=-1).astype(jnp.int32)
+
+    def distances(self, features):
+        """Squared distance of `features` [B,L,Z] to every code, float32 [B,L,K] at full precision (ids flip otherwise)."""
+        codebook = self.codebook.astype(jnp.float32)
+        cross = jnp.einsum("blz,kz->blk", features, codebook, precision=jax.lax.Precision.HIGHEST)
+        return (features**2).sum(-1, keepdims=True) + (codebook**2).sum(-1)[None, None] - 2 * cross
+
+    def lookup(self, token_ids):
+        """`token_ids` int32 [B,L] -> codes [B,L,Z]."""
+        return self.codebook[token_ids]
+
+    def decode(self, latents):
+        """`latents` [B,L,Z] in raster order -> image float32 [B,H,W,3], about [0,1] but not clipped."""
+        grid = rearrange(latents.astype(self.dtype), "b (h w) z -> b h w z", h=self.config.grid)
+        return self.decoder(grid).astype(jnp.float32)
+
+
+def init(net: Tokenizer, rng):
+    """Parameters of `net`; pure."""
+    size = net.config.image_size
+    return net.init(rng, jnp.zeros((1, size, size, 3)))["params"]
+
+
+def check_pair(config: Config, length: int, num_codes: int, where: str) -> None:
+    """Raises UserError unless a network for `length` tokens of `num_codes` codes fits this tokenizer."""
+    if (length, num_codes) != (config.length, config.num_codes):
+        raise errors.UserError(
+            f"{where} is for {length} tokens of {num_codes} codes, config.model.tokenizer makes "
+            f"{config.length} tokens of {config.num_codes} codes"
+        )

@@ -1,0 +1,60 @@
+"""The recognition encoder: a plain vision transformer (ViT-B/16 and ViT-L/16 in the paper)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from addp_jax.models import layers
+
+IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(layers.TransformerConfig):
+    """A vision transformer; `image_size` / `patch_size` gives the token grid."""
+
+    image_size: int = 256  # pixels
+    patch_size: int = 16  # pixels
+    input_dropout: float = 0.1  # after the input LayerNorm
+    input_norm: bool = True  # LayerNorm between the embeddings and the first block
+    final_norm: bool = True
+
+    @property
+    def length(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+def normalize(image):
+    """Clip to [0,1] and apply ImageNet's mean and standard deviation; `image` [B,H,W,3]."""
+    return (jnp.clip(image, 0.0, 1.0) - IMAGENET_MEAN[None, None, None]) / IMAGENET_STD[None, None, None]
+
+
+class VisionTransformer(nn.Module):
+    """Image -> class token and patch features."""
+
+    config: Config
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, image, train: bool = False):
+        """`image` [B,H,W,3] in [0,1] (values outside are clipped) -> [B,1+L,D], class token first."""
+        config = self.config
+        patches = rearrange(
+            normalize(image), "b (h p) (w q) c -> b (h w) (p q c)", p=config.patch_size, q=config.patch_size
+        )
+        tokens = layers.dense(config.width, "patch_embed", self.dtype)(patches.astype(self.dtype))
+        class_token = self.param("class_token", layers.EMBEDDING_INIT, (config.width,))
+        pos_embed = self.param("pos_embed", layers.EMBEDDING_INIT, (1 + config.length, config.width))
+        first = jnp.broadcast_to(class_token[None, None].astype(self.dtype), (len(tokens), 1, config.width))
+        tokens = jnp.concatenate([first, tokens], axis=1) + pos_embed[None].astype(self.dtype)
+        if config.input_norm:
+            tokens = layers.layer_norm("input_norm", dtype=self.dtype)(tokens)
+        tokens = nn.Dropout(config.input_dropout, deterministic=not train)(tokens)
+        tokens = layers.Blocks(config, self.dtype, name="blocks")(tokens, train=train)
+        return layers.layer_norm("final_norm", dtype=self.dtype)(tokens) if config.final_norm else tokens

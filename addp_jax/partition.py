@@ -1,0 +1,164 @@
+"""Where arrays live: the device mesh, the logical axis names, the table of parameter layouts.
+
+The mesh has three axes. Eight devices as `Config(data=2, fsdp=2, tensor=2)`:
+
+    data 0:  [[d0 d1]    rows: fsdp (parameters, optimizer and EMA state are split over it)
+              [d2 d3]]   columns: tensor (attention heads and MLP hidden units are split over it)
+    data 1:  [[d4 d5]
+              [d6 d7]]   the batch is split over data and fsdp together
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from addp_jax import errors
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axes. None = replicated.
+RULES = {
+    "batch": ("data", "fsdp"),
+    "length": None,
+    "embed": None,  # of activations
+    "layers": None,
+    "width": "fsdp",  # of parameters
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": None,
+    "channels": "fsdp",
+    "replicated": None,
+}
+
+# Parameter path -> logical axis of each dimension; the first match counts.
+PARAMETERS = (
+    (r".*/block/attention/(query|key|value)/kernel", ("layers", "width", "heads")),
+    (r".*/block/attention/(query|key|value)/bias", ("layers", "heads")),
+    (r".*/block/attention/out/kernel", ("layers", "heads", "width")),
+    (r".*/block/mlp/fc1/kernel", ("layers", "width", "mlp")),
+    (r".*/block/mlp/fc1/bias", ("layers", "mlp")),
+    (r".*/block/mlp/fc2/kernel", ("layers", "mlp", "width")),
+    (r".*/block/((attention/out|mlp/fc2)/bias|norm[12]/(scale|bias))", ("layers", "replicated")),
+    (r".*(patch_embed|decoder_embed|head/fc)/kernel", ("replicated", "width")),
+    (r".*token_embed", ("vocab", "width")),
+    (r".*(pos_embed|pos_visible|pos_masked|pos_token|decoder_pos)", ("replicated", "width")),
+    (r".*codebook", ("vocab", "replicated")),
+    (r".*(conv\w*|shortcut|upsample_\d+|down_\w+)/kernel", ("replicated", "replicated", "replicated", "replicated")),
+    (r".*dense\w*/kernel", ("replicated", "replicated")),
+    (r".*(class_token|mask_token|bias|scale)", ("replicated",)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Mesh sizes; one may be -1 (all remaining devices)."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+def make_mesh(config: Config, devices=None) -> Mesh:
+    """The mesh over `devices` (default: all). Raises UserError when the sizes do not multiply to their number."""
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [config.data, config.fsdp, config.tensor]
+    if sizes.count(-1) == 1:
+        sizes[sizes.index(-1)] = len(devices) // max(1, -int(np.prod(sizes)))
+    if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
+        raise errors.UserError(
+            f"config.mesh: data={config.data} fsdp={config.fsdp} tensor={config.tensor} does not multiply to the "
+            f"{len(devices)} devices present; set one of them to -1"
+        )
+    grid = mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def spec(*names: str | None) -> PartitionSpec:
+    """PartitionSpec of an array whose dimensions have these logical names; an unknown name is a KeyError."""
+    axes = [RULES[name] if name is not None else None for name in names]
+    used = [axis for entry in axes if entry for axis in ((entry,) if isinstance(entry, str) else entry)]
+    if len(used) != len(set(used)):
+        raise ValueError(f"logical axes {names} use a mesh axis twice: {used}")
+    return PartitionSpec(*axes)
+
+
+def constrain(array: jax.Array, *names: str | None) -> jax.Array:
+    """Pin the layout of an activation. Raises without a mesh (`jax.set_mesh`); inside `per_device` it is a no-op."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        raise ValueError("partition.constrain: no mesh; enter one with jax.set_mesh(partition.make_mesh(...))")
+    if len(names) != array.ndim:
+        raise ValueError(f"{len(names)} axis names {names} for an array of shape {array.shape}")
+    layout = spec(*names)
+    if all(kind == AxisType.Manual for kind in mesh.axis_types):
+        return array
+    return jax.lax.with_sharding_constraint(array, layout)
+
+
+def path_name(path) -> str:
+    """A pytree path as `encoder/blocks/block/mlp/fc1/kernel`."""
+    return "/".join(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)
+
+
+def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Layout of one parameter from the table. Raises ValueError on no match, wrong rank or an indivisible dimension."""
+    for pattern, names in PARAMETERS:
+        if re.fullmatch(pattern, path):
+            break
+    else:
+        raise ValueError(f"partition.PARAMETERS has no entry for {path} {shape}")
+    if len(names) != len(shape):
+        raise ValueError(f"{path}: partition.PARAMETERS names {len(names)} axes {names}, the shape is {shape}")
+    layout = spec(*names)
+    for size, name, axis in zip(shape, names, layout):
+        parts = int(np.prod([mesh.shape[entry] for entry in ((axis,) if isinstance(axis, str) else axis or ())]))
+        if size % parts:
+            raise errors.UserError(f"config.mesh: {path} has {size} along '{name}', not divisible by {axis}={parts}")
+    return layout
+
+
+def shardings(tree, mesh: Mesh):
+    """NamedSharding of every array of a parameter-like tree (optimizer and EMA state keep the parameter's path).
+
+    Scalars (steps, counts) are replicated.
+    """
+
+    def one(path, leaf):
+        if not leaf.shape:
+            return NamedSharding(mesh, PartitionSpec())
+        return NamedSharding(mesh, parameter_spec("/" + path_name(path), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Layout of anything whose first dimension is the batch."""
+    return NamedSharding(mesh, spec("batch"))
+
+
+def per_device(function, mesh: Mesh):
+    """Run `function(replicated, batched) -> batched` on each device's own slice of the batch, without communication."""
+    batched = spec("batch")
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=(PartitionSpec(), batched), out_specs=batched, check_vma=False
+    )
+
+
+def compute_dtype(name: str, mesh: Mesh):
+    """`config.dtype` -> dtype; "auto" is float32 on CPU and bfloat16 elsewhere. The mesh tells, not the process's
+    default backend: a plan for a TPU is compiled on a CPU."""
+    if name == "auto":
+        name = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    if name not in ("float32", "bfloat16"):
+        raise errors.UserError(f"config.dtype: {name!r}; use auto, float32 or bfloat16")
+    return jax.numpy.dtype(name)

@@ -1,0 +1,90 @@
+"""The alternating sampler: pixels -> token distribution -> tokens and pixels, T times (paper, Figure 5a).
+
+`step` is the paper's algorithm; everything else is schedule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from addp_jax import diffusion
+from addp_jax.samplers import Carry, Nets, Noise
+
+MAX_SEGMENTS = 4  # the scan is cut where a smaller decoder capacity suffices; each cut is one more compilation
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Defaults are the release's."""
+
+    steps: int = 20  # T
+    schedule: str = "cosine"  # cosine | linear: how the number of masked tokens falls
+    temperature: float = 6.0  # of the noise on the confidence
+    annealed: bool = True  # temperature falls linearly to 0 (the release's "dynamic"); else constant
+    top_p: float = 1.0  # nucleus of the token draw; 1 = all codes
+
+
+class At(NamedTuple):
+    """The schedule at one step."""
+
+    step: np.ndarray  # 0..T-1
+    num_masked: np.ndarray  # after the step
+    temperature: np.ndarray
+
+
+def step(nets: Nets, config: Config, capacity: int, carry: Carry, at: At, noise: Noise) -> Carry:
+    """One alternation. `capacity`: decoder slots for known tokens; 0 = everything is masked, the image is not read."""
+    # pixels -> tokens
+    logits = nets.predict(carry.image, carry.token_ids, carry.mask, capacity)
+    drawn = jnp.argmax(diffusion.keep_nucleus(logits, config.top_p) + noise.tokens, axis=-1)
+    token_ids = jnp.where(carry.mask, drawn, carry.token_ids)
+
+    # keep the most confident tokens
+    confidence_noise = at.temperature * noise.confidence
+    mask = diffusion.least_confident(logits, token_ids, carry.mask, confidence_noise, at.num_masked)
+
+    # tokens -> pixels: expected code where still masked, hard code elsewhere
+    latents = diffusion.mix_latents(jax.nn.softmax(logits), token_ids, mask, nets.codebook)
+    return Carry(nets.decode(latents), token_ids, mask)
+
+
+def segments(config: Config, length: int, mask_ratio: float) -> list[tuple[int, At]]:
+    """The steps, grouped by decoder capacity: `[(capacity, At with a leading step axis), ...]`.
+
+    Leading steps after which everything is still masked leave no trace (their draws are made anew), so they are left out.
+    `mask_ratio`: of the start; 1 = nothing is known.
+    """
+    after = diffusion.sampling_num_masked(config.schedule, config.steps, length, mask_ratio)
+    at = At(np.arange(config.steps), after, diffusion.annealing(config.temperature, config.steps, config.annealed))
+    before = np.concatenate([[diffusion.start_num_masked(length, mask_ratio)], after[:-1]])
+    known = length - before
+    first = int(np.sum(after == length))
+    at, known = At(*(entry[first:] for entry in at)), known[first:]
+    groups = [part for part in np.array_split(np.flatnonzero(known), MAX_SEGMENTS - 1) if len(part)]
+    groups = [part for part in (np.flatnonzero(known == 0),) if len(part)] + groups
+    return [(int(known[part].max()), At(*(entry[part] for entry in at))) for part in groups]
+
+
+def bind(net, params, tokenizer, tokenizer_params) -> Nets:
+    """The nets of `segments`' programs: `net` a PixelToToken, `tokenizer` a Tokenizer, with their parameters."""
+    num_codes = net.config.num_codes
+
+    def predict(image, token_ids, mask, capacity):
+        if capacity == 0:  # the encoder's output is hidden: one row of logits serves the whole batch
+            features = jnp.zeros((1, 1 + mask.shape[1], net.config.encoder.width), net.dtype)
+            logits = net.apply({"params": params}, features, token_ids[:1], mask[:1], 0, method=net.decode)
+            return jnp.broadcast_to(logits[..., :num_codes], (*mask.shape, num_codes))
+        return net.apply({"params": params}, image, token_ids, mask, capacity)[..., :num_codes]
+
+    def encode(image):
+        return tokenizer.apply({"params": tokenizer_params}, image, method=tokenizer.encode)
+
+    def decode(latents):
+        return tokenizer.apply({"params": tokenizer_params}, latents, method=tokenizer.decode)
+
+    return Nets(encode, predict, decode, tokenizer_params["codebook"])

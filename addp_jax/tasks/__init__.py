@@ -1,0 +1,41 @@
+"""What the training loop knows of a task. Adding a task adds one file here and edits none.
+
+A task file has a frozen dataclass `Config` (the fields of `config.model`) and a class `Task`:
+
+    Task(config, dtype)            dtype: of the computation; parameters are float32
+    image_size                     pixels along one side, as the network sees it
+    init(rng) -> params            pure: it is jitted, and traced without running for full-size plans
+    load_frozen() -> frozen        reads the weights that are not trained, as numpy arrays ({} = none)
+    loss(params, frozen, batch, rng, train) -> (scalar, metrics)
+                                   batch: {"image": uint8 [B,H,W,3], ...}; metrics: scalars by name
+    evaluate(params, frozen, batches) -> (scalars, images)
+                                   batches carry "valid" bool [B]; images: float [H,W,3] in [0,1] by name
+    transform(split, data) -> callable   for the input pipeline; split "train" or "eval", data: its config
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from addp_jax import errors, schema
+from addp_jax.data import pipeline, transforms
+
+
+def names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def create(name: str, fields, dtype):
+    """The task `name` with `fields` (a mapping, the user's `config.model`). Raises UserError on an unknown name or field."""
+    if name not in names():
+        raise errors.UserError(f"config.task: no task {name!r}; the tasks are {', '.join(names())}")
+    module = importlib.import_module(f"{__name__}.{name}")
+    return module.Task(schema.build(module.Config, fields, "config.model"), dtype)
+
+
+def image_transform(split: str, data: pipeline.Config, image_size: int):
+    """Random resized crop and flip for "train", resize and centre crop for "eval"."""
+    if split == "train":
+        return transforms.train_image(image_size, data.crop_scale, data.flip)
+    return transforms.eval_image(image_size)

@@ -1,0 +1,133 @@
+"""Stage 3: train ADDP. Frozen tokenizer and token predictor corrupt an image; the network predicts its cleaner tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from addp_jax import diffusion, errors, samplers, tasks, writers
+from addp_jax.data import pipeline
+from addp_jax.interop import weights
+from addp_jax.metrics import averages
+from addp_jax.models import pixel_to_token, token_predictor, tokenizer
+from addp_jax.samplers import alternating
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Fields of `config.model`."""
+
+    net: pixel_to_token.Config = pixel_to_token.Config()
+    predictor: token_predictor.Config = token_predictor.Config()
+    tokenizer: tokenizer.Config = tokenizer.Config()
+    tokenizer_weights: str = ""  # work directory of a tokenizer run; "random" for benchmarks
+    predictor_weights: str = ""  # work directory of a token predictor run; "random" for benchmarks
+    masks: diffusion.MaskSchedule = diffusion.MaskSchedule()
+    teacher_dropout: bool = False  # True: the token predictor's dropout stays on, as in the released training
+    label_smoothing: float = 0.1
+    sampler: alternating.Config = alternating.Config()
+    num_samples: int = 16  # in the evaluation's picture
+
+
+class Task:
+    """See `addp_jax.tasks`."""
+
+    def __init__(self, config: Config, dtype):
+        self.config = config
+        self.image_size = config.tokenizer.image_size
+        self.net = pixel_to_token.PixelToToken(config.net, dtype)
+        self.predictor = token_predictor.TokenPredictor(config.predictor, dtype)
+        self.tokenizer = tokenizer.Tokenizer(config.tokenizer, dtype)
+        self.sampler, self.sampler_config = alternating, config.sampler
+        # Static room for known tokens: the cleanest mask of the schedule leaves the most.
+        self.capacity = config.net.length - int(diffusion.grid_num_masked(config.masks, config.net.length).min())
+        tokenizer.check_pair(config.tokenizer, config.net.length, config.net.num_codes, "config.model.net")
+        tokenizer.check_pair(config.tokenizer, config.predictor.length, config.predictor.num_codes, "config.model.predictor")
+        if config.net.encoder.image_size != config.tokenizer.image_size:
+            raise errors.UserError("config.model.net.encoder.image_size differs from config.model.tokenizer.image_size")
+
+    def init(self, rng):
+        return {"pixel_to_token": pixel_to_token.init(self.net, rng)}
+
+    def load_frozen(self):
+        config = self.config
+        return {
+            "tokenizer": weights.load(
+                config.tokenizer_weights,
+                "tokenizer",
+                functools.partial(tokenizer.init, self.tokenizer),
+                "config.model.tokenizer_weights",
+            ),
+            "token_predictor": weights.load(
+                config.predictor_weights,
+                "token_predictor",
+                functools.partial(token_predictor.init, self.predictor),
+                "config.model.predictor_weights",
+            ),
+        }
+
+    def loss(self, params, frozen, batch, rng, train: bool):
+        loss, _ = self._per_example(params, frozen, batch, rng, train)
+        return loss.mean(), {"loss": loss.mean()}
+
+    def _per_example(self, params, frozen, batch, rng, train: bool):
+        """Loss [B], and what the pictures show: the corrupted image and the predicted one, [B,H,W,3]."""
+        mask_key, teacher_key, dropout_key = jax.random.split(rng, 3)
+        image = batch["image"].astype(jnp.float32) / 255
+        decode = functools.partial(self.tokenizer.apply, {"params": frozen["tokenizer"]}, method="decode")
+        codebook = frozen["tokenizer"]["codebook"]
+
+        token_ids = self.tokenizer.apply({"params": frozen["tokenizer"]}, image, method="encode")
+        mask_t, mask_s = diffusion.draw_nested_masks(mask_key, self.config.masks, *token_ids.shape)
+        teach = functools.partial(self._teach, frozen["token_predictor"], token_ids, train and self.config.teacher_dropout)
+        latents, target = diffusion.corrupt(teach, token_ids, mask_t, mask_s, codebook, teacher_key)
+        corrupted = decode(latents)
+        logits = self.net.apply(
+            {"params": params["pixel_to_token"]},
+            corrupted, token_ids, mask_s, self.capacity, train,
+            rngs={"dropout": dropout_key},
+        )  # fmt: skip
+        loss = diffusion.soft_cross_entropy(target, logits, mask_s, self.config.label_smoothing)
+        return loss, (image, corrupted, logits, token_ids, mask_s)
+
+    def _teach(self, params, token_ids, dropout: bool, mask, rng):
+        """The token predictor's distribution given the tokens outside `mask`: [B,L,K], no gradient."""
+        logits = self.predictor.apply({"params": params}, token_ids, mask, train=dropout, rngs={"dropout": rng})
+        return jax.lax.stop_gradient(jax.nn.softmax(logits[..., : self.config.predictor.num_codes]))
+
+    def evaluate(self, params, frozen, batches):
+        """Loss over `batches`; pictures of original, corrupted and predicted images, and samples."""
+        values = jax.jit(functools.partial(self._per_example, train=False))
+        key, shown = jax.random.key(0), []
+
+        def losses():
+            for index, batch in enumerate(batches):
+                loss, pictures = values(params, frozen, batch, jax.random.fold_in(key, index))
+                if index == 0:
+                    shown.append(pictures)
+                yield {"loss": loss}, batch["valid"]
+
+        scalars = averages.mean_over(losses())
+        samples = samplers.unconditional(self, params, frozen, key, self.config.num_samples)
+        images = {"samples": writers.grid(samples, columns=math.isqrt(self.config.num_samples))}
+        if shown:
+            images["denoising"] = self._denoising(frozen, *shown[0])
+        return scalars, images
+
+    def _denoising(self, frozen, image, corrupted, logits, token_ids, mask, columns: int = 8):
+        """Rows: original, corrupted input, the network's prediction."""
+        probs = jax.nn.softmax(logits[..., : self.config.net.num_codes])
+        latents = diffusion.mix_latents(probs, token_ids, mask, frozen["tokenizer"]["codebook"])
+        predicted = self.tokenizer.apply({"params": frozen["tokenizer"]}, latents, method="decode")
+        rows = [jnp.clip(row[:columns], 0, 1) for row in (image, corrupted, predicted)]
+        return writers.grid(jnp.concatenate(rows), columns=len(rows[0]))
+
+    def nets(self, params, frozen) -> samplers.Nets:
+        return alternating.bind(self.net, params["pixel_to_token"], self.tokenizer, frozen["tokenizer"])
+
+    def transform(self, split: str, data: pipeline.Config):
+        return tasks.image_transform(split, data, self.image_size)

@@ -1,0 +1,102 @@
+"""Stage 2: train the token predictor on the tokens of a frozen tokenizer (MAGE's recipe)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from addp_jax import diffusion, samplers, tasks, writers
+from addp_jax.data import pipeline
+from addp_jax.interop import weights
+from addp_jax.metrics import averages
+from addp_jax.models import token_predictor, tokenizer
+from addp_jax.samplers import token_only
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Fields of `config.model`."""
+
+    net: token_predictor.Config = token_predictor.Config()
+    tokenizer: tokenizer.Config = tokenizer.Config()
+    tokenizer_weights: str = ""  # work directory of a tokenizer run; "random" for benchmarks
+    mask_low: float = 0.5  # mask ratio ~ normal(mask_mean, mask_std) cut to [mask_low, mask_high]
+    mask_high: float = 1.0
+    mask_mean: float = 0.55
+    mask_std: float = 0.25
+    label_smoothing: float = 0.1
+    sampler: token_only.Config = token_only.Config()
+    num_samples: int = 16  # in the evaluation's picture
+
+
+class Task:
+    """See `addp_jax.tasks`."""
+
+    def __init__(self, config: Config, dtype):
+        self.config = config
+        self.image_size = config.tokenizer.image_size
+        self.net = token_predictor.TokenPredictor(config.net, dtype)
+        self.tokenizer = tokenizer.Tokenizer(config.tokenizer, dtype)
+        self.sampler, self.sampler_config = token_only, config.sampler
+        tokenizer.check_pair(config.tokenizer, config.net.length, config.net.num_codes, "config.model.net")
+
+    def init(self, rng):
+        return {"token_predictor": token_predictor.init(self.net, rng)}
+
+    def load_frozen(self):
+        init = functools.partial(tokenizer.init, self.tokenizer)
+        path = self.config.tokenizer_weights
+        return {"tokenizer": weights.load(path, "tokenizer", init, "config.model.tokenizer_weights")}
+
+    def loss(self, params, frozen, batch, rng, train: bool):
+        values = self._per_example(params, frozen, batch, rng, train)
+        return values["loss"].mean(), {name: value.mean() for name, value in values.items()}
+
+    def _per_example(self, params, frozen, batch, rng, train: bool):
+        """Loss and accuracy at masked positions, each [B]."""
+        mask_key, dropout_key = jax.random.split(rng)
+        image = batch["image"].astype(jnp.float32) / 255
+        token_ids = self.tokenizer.apply({"params": frozen["tokenizer"]}, image, method="encode")
+        mask, kept = self._draw_masks(mask_key, *token_ids.shape)
+        logits = self.net.apply(
+            {"params": params["token_predictor"]}, token_ids, mask, kept, train, rngs={"dropout": dropout_key}
+        )[..., : self.config.net.num_codes]
+        target = jax.nn.one_hot(token_ids, self.config.net.num_codes)
+        right = (logits.argmax(-1) == token_ids) & mask
+        return {
+            "loss": diffusion.soft_cross_entropy(target, logits, mask, self.config.label_smoothing),
+            "accuracy": right.sum(-1) / mask.sum(-1),
+        }
+
+    def _draw_masks(self, key, batch: int, length: int):
+        """`mask` bool [B,L] and the positions `kept` [B,k]: the encoder never sees the first ceil(L * mask_low) masked ones."""
+        config = self.config
+        ratio_key, noise_key = jax.random.split(key)
+        low, high = ((bound - config.mask_mean) / config.mask_std for bound in (config.mask_low, config.mask_high))
+        ratio = config.mask_mean + config.mask_std * jax.random.truncated_normal(ratio_key, low, high, (batch, 1))
+        num_dropped = math.ceil(length * config.mask_low)
+        num_masked = jnp.clip(jnp.ceil(length * ratio), num_dropped, length)
+        order = diffusion.rank(jax.random.uniform(noise_key, (batch, length)))
+        kept = jnp.argsort(order < num_dropped, axis=-1, stable=True)[:, : length - num_dropped]
+        return order < num_masked, kept
+
+    def evaluate(self, params, frozen, batches):
+        """Loss and accuracy over `batches`; a grid of samples from the predictor alone."""
+        values = jax.jit(functools.partial(self._per_example, train=False))
+        key = jax.random.key(0)
+        scalars = averages.mean_over(
+            (values(params, frozen, batch, jax.random.fold_in(key, index)), batch["valid"])
+            for index, batch in enumerate(batches)
+        )
+        samples = samplers.unconditional(self, params, frozen, key, self.config.num_samples)
+        return scalars, {"samples": writers.grid(samples, columns=math.isqrt(self.config.num_samples))}
+
+    def nets(self, params, frozen) -> samplers.Nets:
+        return token_only.bind(self.net, params["token_predictor"], self.tokenizer, frozen["tokenizer"])
+
+    def transform(self, split: str, data: pipeline.Config):
+        return tasks.image_transform(split, data, self.image_size)

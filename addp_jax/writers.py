@@ -1,0 +1,284 @@
+"""What a run reports: TensorBoard events, a JSON-lines log, pictures, console progress, a profile.
+
+    <workdir>/tensorboard/...                  scalars, images, histograms, texts
+    <workdir>/log.jsonl                        {"step": 10, "time": 1.7e9, "loss": 3.2} per call
+    <workdir>/pictures/<name>_<step>.png       every image, also without TensorBoard
+    <workdir>/profile/...                      one trace of the profiled steps
+
+Only host 0 reports; on the others everything here is made with `enabled=False` and does nothing.
+"""
+
+import collections
+import contextlib
+import json
+import math
+import os
+import pathlib
+import shutil
+import sys
+import time
+
+import jax
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
+
+from addp_jax import errors
+
+PLAIN_SECONDS = 10.0  # between progress lines in a log file
+BAR_WIDTH = 24
+FLUSH_SECONDS = 10.0  # the most that a kill takes from the TensorBoard events
+HISTOGRAM_BINS = 64
+RATE_WINDOW = 20  # drawn lines over which steps/s is measured
+CAPTION_HEIGHT = 16
+
+
+class Writer:
+    """Writes scalars, images, histograms and texts of a run to its work directory.
+
+    Every method raises UserError if the work directory cannot be written to or is full.
+    """
+
+    def __init__(self, workdir, enabled=True, start_step=0):
+        """start_step: the step resumed from; what an earlier run logged beyond it is dropped."""
+        self._enabled = enabled
+        self._workdir = pathlib.Path(workdir)
+        if not enabled:
+            return
+        with self._naming_errors():
+            (self._workdir / "tensorboard").mkdir(parents=True, exist_ok=True)
+            _drop_later_lines(self._workdir / "log.jsonl", start_step)
+            self._log = open(self._workdir / "log.jsonl", "a", encoding="utf-8")
+            # tensorboardX's SummaryWriter queues events to a thread: on a full disk that thread dies
+            # and the run hangs. Its event file alone writes at once, and raises. The suffix keeps
+            # a run resumed within the same second from overwriting the file before.
+            prefix = str(self._workdir / "tensorboard" / "events")
+            self._events = event_file_writer.EventsWriter(prefix, f".{time.time_ns()}")
+            self._flushed = 0.0
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            # TensorBoard hides the events that an earlier run wrote from this step on.
+            self._write(start_step + 1 if start_step else 0, session_log=start)
+
+    def scalars(self, step, values):
+        """values: {name: number}. Not-finite numbers become null in the log, which stays valid JSON."""
+        if not self._enabled:
+            return
+        values = {name: float(value) for name, value in values.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        with self._naming_errors():
+            self._log.write(json.dumps({"step": int(step), "time": time.time(), **finite}) + "\n")
+            self._log.flush()
+            for name, value in values.items():
+                self._write(step, summary=summary.scalar(name, value))
+
+    def images(self, step, images):
+        """images: {name: [H,W,3], uint8 or float in [0,1]}; a "/" in a name makes a folder."""
+        if not self._enabled:
+            return
+        for name, image in images.items():
+            image = _to_uint8(image)
+            path = self._workdir / "pictures" / f"{name}_{step:07d}.png"
+            with self._naming_errors():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image).save(path)
+                self._write(step, summary=summary.image(name, image, dataformats="HWC"))
+
+    def histograms(self, step, arrays):
+        """arrays: {name: array of any shape}; values that are not finite are left out."""
+        if not self._enabled:
+            return
+        for name, array in arrays.items():
+            values = np.asarray(array, np.float32).ravel()
+            values = values[np.isfinite(values)]
+            if values.size:
+                with self._naming_errors():
+                    self._write(step, summary=summary.histogram(name, values, HISTOGRAM_BINS))
+
+    def text(self, name, text):
+        if self._enabled:
+            with self._naming_errors():
+                self._write(0, summary=summary.text(name, text))
+
+    def flush(self):
+        if self._enabled:
+            with self._naming_errors():
+                self._events.flush()
+
+    def close(self):
+        if self._enabled:
+            with self._naming_errors():
+                self._events.close()
+                self._log.close()
+
+    def _write(self, step, **content):
+        self._events.write_event(event_pb2.Event(step=int(step), wall_time=time.time(), **content))
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self._events.flush()
+            self._flushed = time.monotonic()
+
+    @contextlib.contextmanager
+    def _naming_errors(self):
+        try:
+            yield
+        except OSError as error:
+            raise errors.UserError(f"cannot write to --workdir {self._workdir}: {error.strerror or error}") from error
+
+
+def grid(images, columns, pad=2):
+    """Images [N,h,w,3] (uint8, or float in [0,1]) in rows on white, uint8 [H,W,3]."""
+    images = _to_uint8(images)
+    count, height, width, _ = images.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    canvas = np.full((rows * (height + pad) + pad, columns * (width + pad) + pad, 3), 255, np.uint8)
+    for index, image in enumerate(images):
+        top = pad + index // columns * (height + pad)
+        left = pad + index % columns * (width + pad)
+        canvas[top : top + height, left : left + width] = image
+    return canvas
+
+
+def captioned(rows):
+    """A stack of (caption, image [h,w,3]) pairs, each image below its caption, uint8 [H,W,3]."""
+    font = ImageFont.load_default()
+    rows = [(caption, _to_uint8(image)) for caption, image in rows]
+    width = max([image.shape[1] for _, image in rows] + [math.ceil(font.getlength(c)) + 4 for c, _ in rows])
+    canvas = Image.new("RGB", (width, sum(CAPTION_HEIGHT + image.shape[0] for _, image in rows)), "white")
+    draw, top = ImageDraw.Draw(canvas), 0
+    for caption, image in rows:
+        draw.text((2, top + 2), caption, fill="black", font=font)
+        canvas.paste(Image.fromarray(image), (0, top + CAPTION_HEIGHT))
+        top += CAPTION_HEIGHT + image.shape[0]
+    return np.asarray(canvas)
+
+
+class Progress:
+    """Steps done, steps/s and time left: one line redrawn on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, total_steps, start_step=0, unit="step", stream=None, min_interval=1.0, enabled=True):
+        self._total, self._step, self._unit = total_steps, start_step, unit
+        self._stream = sys.stderr if stream is None else stream
+        self._terminal = self._stream.isatty()
+        self._interval = min_interval if self._terminal else max(min_interval, PLAIN_SECONDS)
+        self._enabled = enabled
+        self._message, self._drawn = "", None  # _drawn: the step shown last
+        self._marks = collections.deque(maxlen=RATE_WINDOW)  # (seconds, step) of each line
+
+    def update(self, step, message=""):
+        """step: how many are done; draws only if the last line is old enough."""
+        self._step, self._message = step, message
+        if self._enabled and (not self._marks or time.monotonic() - self._marks[-1][0] >= self._interval):
+            self._draw()
+
+    def close(self):
+        """Draws the last state; later output begins on a line of its own."""
+        if not self._enabled or not self._marks:
+            return
+        if self._drawn != self._step:
+            self._draw()
+        if self._terminal:
+            self._stream.write("\n")
+
+    def _draw(self):
+        self._marks.append((time.monotonic(), self._step))
+        self._drawn = self._step
+        if self._terminal:
+            columns = shutil.get_terminal_size().columns
+            self._stream.write("\r" + f"{self._bar()} {self._line()}"[: columns - 1] + "\x1b[K")
+        else:
+            self._stream.write(self._line() + "\n")
+        self._stream.flush()
+
+    def _bar(self):
+        done = min(self._step / self._total, 1.0) if self._total else 1.0
+        filled = round(done * BAR_WIDTH)
+        return "[" + "#" * filled + "." * (BAR_WIDTH - filled) + "]"
+
+    def _line(self):
+        parts = [f"{self._unit} {self._step}/{self._total}"]
+        rate = self._rate()
+        if rate:
+            remaining = max(self._total - self._step, 0) / rate
+            parts += [f"{rate:.3g} {self._unit}s/s", f"ETA {_duration(remaining)}"]
+        return "  ".join(parts + [self._message] * bool(self._message))
+
+    def _rate(self):
+        (first_time, first_step), (last_time, last_step) = self._marks[0], self._marks[-1]
+        return (last_step - first_step) / (last_time - first_time) if last_time > first_time else 0.0
+
+
+class Profile:
+    """Traces the steps `first`..`last` into <workdir>/profile; last = 0 means never."""
+
+    def __init__(self, workdir, first, last, enabled=True):
+        self._folder = os.path.join(workdir, "profile")
+        self._steps = range(first, last + 1) if enabled and last else range(0)
+        self._tracing = False
+
+    def update(self, step):
+        """Call before `step` is dispatched."""
+        if step in self._steps and not self._tracing:
+            jax.profiler.start_trace(self._folder)
+            self._tracing = True
+        elif step not in self._steps:
+            self.close()
+
+    def close(self):
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False
+
+
+def curves(log_path, out_png, keys):
+    """Draws the scalars `keys` of a log.jsonl over the steps, one panel each, into `out_png`."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise errors.UserError("drawing curves needs matplotlib: pip install matplotlib") from error
+    from matplotlib import figure
+
+    lines = _read_log(log_path)
+    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
+        # A Figure of its own, without pyplot: needs no display and leaves no global state.
+        canvas = figure.Figure(figsize=(3.2 * len(keys), 2.4), layout="constrained")
+        for axes, key in zip(canvas.subplots(1, len(keys), squeeze=False)[0], keys):
+            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+            axes.plot(*zip(*points), linewidth=1.4) if points else axes.text(0.5, 0.5, "no data", ha="center")
+            axes.set(title=key, xlabel="step")
+            axes.grid(alpha=0.25)
+        canvas.savefig(out_png, dpi=150)
+
+
+def _drop_later_lines(path, start_step):
+    """Rewrites the log without the lines the resumed run will write again, atomically."""
+    if not path.exists():
+        return
+    kept = [line for line in _read_log(path) if start_step and line["step"] <= start_step]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    os.replace(temporary, path)
+
+
+def _read_log(path):
+    """The log's lines as dicts; a line torn by a kill is left out."""
+    lines = []
+    for text in pathlib.Path(path).read_text(errors="replace").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return [line for line in lines if isinstance(line, dict) and "step" in line]
+
+
+def _to_uint8(image):
+    image = np.asarray(image)
+    if image.dtype == np.uint8:
+        return image
+    return np.rint(np.clip(np.nan_to_num(image.astype(np.float32)), 0.0, 1.0) * 255.0).astype(np.uint8)
+
+
+def _duration(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,18 @@
+"""Package metadata. `pip install -e .` from the repository root."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+REQUIREMENTS = (Path(__file__).parent / "requirements.txt").read_text().split("\n")
+
+setup(
+    name="addp_jax",
+    version="0.1.0",
+    description="Alternating denoising diffusion (ADDP) in JAX: one network for image generation and recognition",
+    license="Apache-2.0",
+    packages=find_packages(include=["addp_jax", "addp_jax.*"]),
+    python_requires=">=3.11,<3.14",
+    install_requires=[line for line in REQUIREMENTS if line and not line.startswith("#")],
+    extras_require={"test": ["pytest>=8"]},
+)

@@ -1,0 +1,14 @@
+"""Test-wide settings: eight fake CPU devices, strict shapes, a shared compilation cache."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/addp_jax/xla"))
+
+import jax  # noqa: E402  (the environment above must be set first)
+from absl import flags  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags

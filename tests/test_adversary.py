@@ -1,0 +1,120 @@
+"""The tokenizer's adversary and the perceptual distance."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from addp_jax import partition
+from addp_jax.models import adversary, perceptual
+
+SIZE = 16  # pixels
+TINY = adversary.Config(channels=4, max_channels=8)
+
+
+def images(count=2, size=SIZE, seed=0):
+    return jax.random.uniform(jax.random.key(seed), (count, size, size, 3))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return adversary.init(adversary.Adversary(TINY), jax.random.key(0), SIZE)
+
+
+@pytest.fixture(scope="module")
+def vgg_arrays():
+    """Random weights under torchvision's names, some of the classifier included."""
+    rng, arrays, inputs = np.random.default_rng(0), {"classifier.0.bias": np.zeros(8, np.float32)}, 3
+    for width, indices in perceptual.STAGES:
+        for index in indices:
+            scale = np.sqrt(2 / (9 * inputs))
+            arrays[f"features.{index}.weight"] = rng.normal(0, scale, (width, inputs, 3, 3)).astype(np.float32)
+            arrays[f"features.{index}.bias"] = rng.normal(0, 0.1, width).astype(np.float32)
+            inputs = width
+    return arrays
+
+
+def test_widths_are_maskgits_at_256_pixels():
+    assert adversary.Config().widths(256) == (64, 128, 256, 512, 512, 512, 512)
+
+
+def test_size_at_256_pixels():
+    """MaskGIT's layers written out: stem, blocks (3x3, 3x3, bias-free 1x1), last conv, two dense layers."""
+    widths = adversary.Config().widths(256)
+    count = 9 * 3 * 64 + 64
+    for narrow, wide in zip(widths, widths[1:]):
+        count += (9 * narrow * narrow + narrow) + (9 * narrow * wide + wide) + narrow * wide
+    count += (9 * 512 * 512 + 512) + (4 * 4 * 512 * 512 + 512) + (512 + 1)
+    net = adversary.Adversary(adversary.Config())
+    shapes = jax.eval_shape(lambda rng: adversary.init(net, rng, 256), jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
+
+
+@pytest.mark.parametrize("size", (2, 17, 48))
+def test_sizes_that_do_not_halve_to_four_are_refused(size):
+    with pytest.raises(ValueError, match=str(size)):
+        TINY.widths(size)
+
+
+def test_every_parameter_has_a_layout(params):
+    partition.shardings({"adversary": params}, partition.make_mesh(partition.Config()))
+
+
+def test_images_do_not_influence_each_other(params):
+    net = adversary.Adversary(TINY)
+    batch = images(3)
+    together = net.apply({"params": params}, batch)
+    assert together.shape == (3,) and together.dtype == jnp.float32
+    np.testing.assert_allclose(together[1:2], net.apply({"params": params}, batch[1:2]), atol=1e-5)
+
+
+def test_blur_pool_is_the_depthwise_filter():
+    features = jax.random.normal(jax.random.key(0), (2, 8, 6, 5))
+    taps = jnp.asarray([1.0, 3.0, 3.0, 1.0]) / 8
+    kernel = jnp.tile((taps[:, None] * taps[None])[:, :, None, None], (1, 1, 1, 5))
+    expected = jax.lax.conv_general_dilated(
+        features, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=5
+    )
+    np.testing.assert_allclose(adversary.blur_pool(features), expected, atol=1e-5)
+
+
+def test_logits_stay_float32_when_computing_in_bfloat16(params):
+    logits = adversary.Adversary(TINY, jnp.bfloat16).apply({"params": params}, images())
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, adversary.Adversary(TINY).apply({"params": params}, images()), atol=0.1)
+
+
+def test_vgg_convolutions_are_torchvisions(vgg_arrays):
+    """The first two against a correlation written out with numpy, weights as torchvision stores them (OIHW)."""
+    image = np.asarray(images(1, 16))
+    hidden = ((image - np.array(perceptual.MEAN)) / np.array(perceptual.STD)).transpose(0, 3, 1, 2)
+    for index in (0, 2):
+        windows = np.lib.stride_tricks.sliding_window_view(np.pad(hidden, ((0, 0), (0, 0), (1, 1), (1, 1))), (3, 3), (2, 3))
+        hidden = np.einsum("bchwij,ocij->bohw", windows, vgg_arrays[f"features.{index}.weight"])
+        hidden = np.maximum(hidden + vgg_arrays[f"features.{index}.bias"][None, :, None, None], 0)
+    params = perceptual.params_from_torchvision(vgg_arrays)
+    stages = perceptual.Vgg16().apply({"params": params}, image)
+    np.testing.assert_allclose(stages[0].transpose(0, 3, 1, 2), hidden, atol=1e-4)
+    assert [stage.shape[1:] for stage in stages] == [(16, 16, 64), (8, 8, 128), (4, 4, 256), (2, 2, 512), (1, 1, 512)]
+
+
+def test_vgg_entries_must_be_there_and_fit(vgg_arrays):
+    with pytest.raises(KeyError, match="features.28.bias"):
+        perceptual.params_from_torchvision({name: v for name, v in vgg_arrays.items() if name != "features.28.bias"})
+    with pytest.raises(ValueError, match="features.5.bias"):
+        perceptual.params_from_torchvision({**vgg_arrays, "features.5.bias": np.zeros(3, np.float32)})
+
+
+def test_perceptual_distance_grows_with_the_damage(vgg_arrays):
+    params = perceptual.params_from_torchvision(vgg_arrays)
+    image, noise = images(2), jax.random.normal(jax.random.key(1), (2, SIZE, SIZE, 3))
+    same, near, far = (perceptual.distance(params, image, image + scale * noise) for scale in (0.0, 0.02, 0.3))
+    np.testing.assert_array_equal(same, 0)
+    assert (near > 0).all() and (far > near).all() and (far < 2).all()
+
+
+def test_perceptual_distance_has_a_finite_gradient_at_zero(vgg_arrays):
+    params = perceptual.params_from_torchvision(vgg_arrays)
+    image = jnp.zeros((1, SIZE, SIZE, 3))
+    gradient = jax.grad(lambda other: perceptual.distance(params, image, other).sum())(image)
+    assert jnp.isfinite(gradient).all()

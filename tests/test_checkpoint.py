@@ -1,0 +1,472 @@
+"""Checkpoints: bit-exact, never silently wrong, never lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from addp_jax import checkpoint, errors
+
+IDENTITY = {"model": {"width": 8, "depth": 2}, "seed": 0, "teacher": "0123456789abcdef"}
+KILLS = 3
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+
+
+@flax.struct.dataclass
+class TrainState:
+    step: Any
+    params: Any
+    opt_state: Any
+    ema_params: Any
+
+
+def mesh(shape):
+    return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+def sharded(abstract, shape):
+    """Abstract arrays with matrices split over both axes of a mesh of this shape."""
+    def spec(leaf):
+        names = jax.sharding.PartitionSpec("data", "fsdp") if len(leaf.shape) == 2 else jax.sharding.PartitionSpec()
+        sharding = jax.sharding.NamedSharding(mesh(shape), names)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(spec, abstract)
+
+
+def make_state(step, ema=True, width=8):
+    kernel = jnp.arange(8 * width, dtype=jnp.float32).reshape(8, width) / 7 + step
+    params = {"encoder": {"kernel": kernel, "bias": jnp.full((width,), step, jnp.bfloat16)}}
+    moving = jax.tree.map(lambda leaf: leaf + 1, params) if ema else None
+    return TrainState(jnp.asarray(step, jnp.int32), params, OPTIMIZER.init(params), moving)
+
+
+def abstract_state(shape=(8, 1), **options):
+    return sharded(jax.eval_shape(lambda: make_state(0, **options)), shape)
+
+
+def open_run(workdir, identity=IDENTITY, **config):
+    return checkpoint.Checkpointer(workdir, checkpoint.Config(**config), identity)
+
+
+def write_run(workdir, steps, **config):
+    run = open_run(workdir, **config)
+    for step in steps:
+        run.save(step, make_state(step))
+    run.close()
+
+
+def restore(workdir, **options):
+    run = open_run(workdir)
+    try:
+        return run.restore_latest(abstract_state(**options))
+    finally:
+        run.close()
+
+
+def folders(workdir):
+    return sorted(entry.name for entry in (workdir / "checkpoints").iterdir() if entry.is_dir())
+
+
+def largest_file(folder):
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != checkpoint.MANIFEST]
+    return max(files, key=lambda file: file.stat().st_size)
+
+
+def flip_byte(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def assert_equal(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_state_restores_bit_exactly_onto_another_mesh(tmp_path, ema):
+    state = make_state(3, ema=ema)
+    placed = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, abstract_state((8, 1), ema=ema)))
+    run = open_run(tmp_path)
+    assert run.restore_latest(abstract_state(ema=ema)) is None
+    run.save(3, placed)
+    run.close()
+    wanted = abstract_state((2, 4), ema=ema)
+    restored, step = open_run(tmp_path).restore_latest(wanted)
+    assert step == 3
+    assert_equal(restored, state)
+    assert restored.params["encoder"]["kernel"].sharding == wanted.params["encoder"]["kernel"].sharding
+
+
+def test_donating_the_state_after_save_does_not_change_what_is_saved(tmp_path):
+    run = open_run(tmp_path)
+    state = make_state(1)
+    run.save(1, state)
+    jax.block_until_ready(jax.jit(lambda s: jax.tree.map(jnp.zeros_like, s), donate_argnums=0)(state))
+    run.close()
+    assert_equal(restore(tmp_path)[0], make_state(1))
+
+
+def test_newest_and_every_nth_are_kept(tmp_path):
+    write_run(tmp_path, range(1, 8), keep=2, keep_every=3)
+    assert folders(tmp_path) == ["3", "6", "7"]
+
+
+def test_saving_a_saved_step_changes_nothing(tmp_path):
+    write_run(tmp_path, [4])
+    before = (tmp_path / "checkpoints/4" / checkpoint.MANIFEST).read_text()
+    run = open_run(tmp_path)
+    run.save(4, make_state(9))
+    run.close()
+    assert (tmp_path / "checkpoints/4" / checkpoint.MANIFEST).read_text() == before
+    assert_equal(restore(tmp_path)[0], make_state(4))
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    "damage, words", [(flip_byte, "hash differs"), (truncate, "instead of"), (os.remove, "missing")]
+)
+def test_damaged_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, capsys, damage, words):
+    write_run(tmp_path, [5, 7])
+    damage(largest_file(tmp_path / "checkpoints/7"))
+    state, step = restore(tmp_path)
+    assert step == 5
+    assert_equal(state, make_state(5))
+    message = capsys.readouterr().err
+    assert str(tmp_path / "checkpoints/7") in message and words in message
+    assert "going on from step 5" in message and message.count("\n") == 1
+    assert folders(tmp_path) == ["5", "7.damaged"]
+
+
+def test_damaged_step_can_be_saved_again(tmp_path):
+    write_run(tmp_path, [5, 7])
+    for copies in (1, 2):
+        flip_byte(largest_file(tmp_path / "checkpoints/7"))
+        run = open_run(tmp_path)
+        assert run.restore_latest(abstract_state())[1] == 5
+        run.save(7, make_state(7))
+        run.close()
+        assert_equal(restore(tmp_path)[0], make_state(7))
+        assert len(folders(tmp_path)) == 2 + copies
+
+
+def test_every_file_of_a_checkpoint_is_guarded(tmp_path, capsys):
+    write_run(tmp_path / "run", [5, 7])
+    names = [file.relative_to(tmp_path / "run") for file in (tmp_path / "run/checkpoints/7").rglob("*")]
+    names = [name for name in names if (tmp_path / "run" / name).stat().st_size and (tmp_path / "run" / name).is_file()]
+    for name in names:
+        flip_byte(tmp_path / "run" / name)
+        assert checkpoint.load_params(tmp_path / "run", ema=False)[1]["step"] == 5, name
+        flip_byte(tmp_path / "run" / name)
+    assert checkpoint.load_params(tmp_path / "run", ema=False)[1]["step"] == 7
+
+
+def test_step_killed_before_its_hashing_is_accepted_if_it_restores(tmp_path):
+    write_run(tmp_path, [5, 7])
+    (tmp_path / "checkpoints/7" / checkpoint.MANIFEST).unlink()
+    assert restore(tmp_path)[1] == 7
+    shutil.rmtree(tmp_path / "checkpoints/7/state/d")
+    shutil.rmtree(tmp_path / "checkpoints/7/state/ocdbt.process_0")
+    assert restore(tmp_path)[1] == 5
+
+
+def test_all_damaged_stops_the_run_and_never_starts_over_silently(tmp_path):
+    write_run(tmp_path, [5])
+    flip_byte(largest_file(tmp_path / "checkpoints/5"))
+    for _ in range(2):
+        with pytest.raises(errors.UserError, match="all checkpoints in .*checkpoints are damaged"):
+            restore(tmp_path)
+    assert folders(tmp_path) == ["5.damaged"]
+
+
+def test_empty_folder_and_leftovers_of_a_killed_save_do_no_harm(tmp_path):
+    write_run(tmp_path, [5])
+    (tmp_path / "checkpoints/7").mkdir()
+    (tmp_path / "checkpoints/6.orbax-checkpoint-tmp/state").mkdir(parents=True)
+    run = open_run(tmp_path)
+    assert run.restore_latest(abstract_state())[1] == 5
+    run.save(7, make_state(7))
+    run.close()
+    assert folders(tmp_path) == ["5", "7", "7.damaged"]
+    assert restore(tmp_path)[1] == 7
+
+
+def test_intact_checkpoint_is_never_set_aside_for_another_failure(tmp_path, monkeypatch):
+    write_run(tmp_path, [5, 7])
+    run = open_run(tmp_path)
+
+    def out_of_memory(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "restore", out_of_memory)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run.restore_latest(abstract_state())
+    assert folders(tmp_path) == ["5", "7"]
+
+
+def test_another_configs_run_is_refused_with_the_fields_that_differ(tmp_path):
+    write_run(tmp_path, [1])
+    other = {"model": {"width": 16, "depth": 2}, "seed": 0, "extra": None}
+    with pytest.raises(errors.UserError) as caught:
+        open_run(tmp_path, identity=other)
+    message = str(caught.value)
+    assert "model.width was 8, is 16" in message and "extra was 'absent', is None" in message
+    assert "teacher was '0123456789abcdef', is 'absent'" in message
+    assert "depth" not in message and "--workdir" in message
+    with pytest.raises(errors.UserError, match="and 5 more"):
+        open_run(tmp_path, identity={**IDENTITY, **{f"field{i}": i for i in range(10)}})
+
+
+def test_work_directory_without_checkpoints_takes_a_new_identity(tmp_path):
+    open_run(tmp_path).close()
+    open_run(tmp_path, identity={"shape": (1, 2)}).close()
+    assert json.loads((tmp_path / "checkpoints" / checkpoint.IDENTITY).read_text()) == {"shape": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [({"width": 16}, r"params/encoder/kernel is float32\[8, 8\], expected float32\[8, 16\]"),
+     ({"ema": False}, r"ema_params/encoder/kernel float32\[8, 8\] is not expected")],
+)
+def test_state_of_other_shapes_is_refused_by_leaf(tmp_path, options, words):
+    write_run(tmp_path, [1])
+    with pytest.raises(errors.UserError, match=words):
+        restore(tmp_path, **options)
+    assert folders(tmp_path) == ["1"]
+
+
+def test_unwritable_work_directory_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(errors.UserError, match="cannot write to --workdir .*/file/run"):
+        open_run(tmp_path / "file" / "run")
+    with pytest.raises(errors.UserError, match="gs://bucket/run is a URL"):
+        open_run("gs://bucket/run")
+
+
+def test_read_only_work_directory_is_named(small_disk):
+    if subprocess.run(["mount", "-o", "remount,ro", small_disk], capture_output=True).returncode:
+        pytest.skip("remounting is not permitted")
+    with pytest.raises(errors.UserError, match=f"cannot write to --workdir {small_disk}"):
+        open_run(small_disk)
+
+
+@pytest.mark.parametrize("fields", [{"keep": 0}, {"every": 0}, {"keep_every": -1}])
+def test_config_that_would_keep_nothing_is_refused(fields):
+    with pytest.raises(errors.UserError, match=f"config.checkpoint.{next(iter(fields))} must be at least"):
+        checkpoint.Config(**fields)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 4 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs is not permitted here (needs root)")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def fill(disk, leave):
+    """Takes all of the disk but `leave` bytes."""
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    (disk / "filler").write_bytes(b"x" * max(0, free - leave))
+
+
+@pytest.mark.parametrize("leave", [0, 8_000, 30_000, 150_000, 280_000])
+def test_full_disk_is_one_clear_error_and_loses_no_checkpoint(small_disk, leave):
+    def state(step):
+        values = np.random.default_rng(step).standard_normal(65_536, np.float32)
+        return {"params": {"kernel": jnp.asarray(values)}, "step": jnp.asarray(step)}
+
+    run = open_run(small_disk, keep=1)
+    run.save(1, state(1))
+    run.wait()
+    fill(small_disk, leave)
+    with pytest.raises(errors.UserError, match="no space left on .*the last good checkpoint is step [12]$") as caught:
+        run.save(2, state(2))
+        run.wait()
+    last = int(str(caught.value)[-1])
+    assert last == 1 or leave == 280_000  # with space for the data but not the hashes 2 may be committed
+    assert str(last) in folders(small_disk)
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state(0))
+    (small_disk / "filler").unlink()
+    restored, step = run.restore_latest(abstract)
+    assert step == last
+    assert_equal(restored, state(step))
+    run.save(3, state(3))  # space was made: the same run can go on
+    run.close()
+    assert folders(small_disk) == ["3"]
+
+
+KILLED = """
+import os, sys, threading
+import jax, jax.numpy as jnp
+from addp_jax import checkpoint
+run = checkpoint.Checkpointer(sys.argv[1], checkpoint.Config(), {})
+make = lambda step: {"params": [jnp.full((50_000,), step * 0.5) for _ in range(6)]}
+abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), make(0))
+found = run.restore_latest(abstract)
+state, step = found or (make(0), 0)
+assert all((leaf == step * 0.5).all() for leaf in state["params"]), step
+print(step, flush=True)
+threading.Timer(float(sys.argv[2]), lambda: os.kill(os.getpid(), 9)).start()
+while len(sys.argv) == 3:
+    step += 1
+    run.save(step, make(step))
+os._exit(0)
+"""
+
+
+def spawn(code, *arguments):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_run_killed_while_saving_always_restores_a_consistent_state(tmp_path):
+    reached = []
+    for seconds in np.random.default_rng().uniform(0.1, 0.6, KILLS):
+        killed = spawn(KILLED, tmp_path, seconds)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        reached.append(int(killed.stdout))
+    final = spawn(KILLED, tmp_path, 60, "only restore")
+    assert final.returncode == 0, final.stderr
+    reached.append(int(final.stdout))
+    assert reached == sorted(reached) and reached[0] == 0 and reached[-1] > 2
+
+
+def test_parameters_of_a_run_load_as_numpy_without_its_optimizer(tmp_path):
+    write_run(tmp_path, [5, 7])
+    wanted = jax.tree.map(np.asarray, make_state(7).params)
+    for path in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints/7"):
+        params, info = checkpoint.load_params(path, ema=False)
+        assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(params))
+        assert_equal(params, wanted)
+        assert info == {
+            "path": str(tmp_path / "checkpoints/7"), "step": 7, "ema": False, "identity": IDENTITY
+        }
+    averaged, info = checkpoint.load_params(tmp_path / "checkpoints/5", ema=True)
+    assert info["step"] == 5 and info["ema"]
+    assert_equal(averaged, jax.tree.map(np.asarray, make_state(5).ema_params))
+
+
+def test_parameters_saved_on_eight_devices_load_on_one(tmp_path):
+    run = open_run(tmp_path)
+    run.save(2, jax.device_put(make_state(2), jax.tree.map(lambda leaf: leaf.sharding, abstract_state((8, 1)))))
+    run.close()
+    code = """
+import sys, jax
+from addp_jax import checkpoint
+assert jax.device_count() == 1
+print(checkpoint.content_hash(checkpoint.load_params(sys.argv[1], ema=False)[0]))
+"""
+    loaded = spawn(code, tmp_path)
+    assert loaded.stdout.strip() == checkpoint.content_hash(make_state(2).params), loaded.stderr
+    assert loaded.stderr == ""
+
+
+def test_loading_parameters_changes_nothing_and_skips_damaged_steps(tmp_path, capsys):
+    write_run(tmp_path, [5, 7])
+    flip_byte(largest_file(tmp_path / "checkpoints/7"))
+    assert checkpoint.load_params(tmp_path, ema=True)[1]["step"] == 5
+    assert "checkpoints/7 is damaged" in capsys.readouterr().err
+    assert folders(tmp_path) == ["5", "7"]
+    with pytest.raises(errors.UserError, match="all checkpoints in .*/7 are damaged"):
+        checkpoint.load_params(tmp_path / "checkpoints/7", ema=True)
+
+
+def test_path_without_checkpoint_is_named(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(errors.UserError, match=f"no checkpoint in {path}"):
+            checkpoint.load_params(path, ema=False)
+
+
+def test_imported_parameters_read_back_and_are_not_overwritten(tmp_path):
+    params = {"a": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}, "b": np.float32([1, 2])}
+    checkpoint.save_params(tmp_path, params, {"source": "weights.pth"})
+    loaded, info = checkpoint.load_params(tmp_path, ema=True)
+    assert_equal(loaded, params)
+    assert (info["step"], info["ema"], info["identity"]) == (0, False, {"source": "weights.pth"})
+    with pytest.raises(errors.UserError, match="already holds checkpoints"):
+        checkpoint.save_params(tmp_path, params, {"source": "weights.pth"})
+
+
+def test_match_names_everything_that_does_not_fit():
+    loaded = {"encoder": {"kernel": np.zeros((2, 3)), "scale": np.zeros(3)}, "head": {"bias": np.zeros(5)}}
+    expected = {"encoder": {"kernel": np.zeros((3, 2))}, "decoder": {"bias": np.zeros(4)}}
+    with pytest.raises(errors.UserError) as caught:
+        checkpoint.match(loaded, expected, where="config.init")
+    assert str(caught.value).startswith("config.init: ")
+    for words in ("encoder/kernel is [2, 3], expected [3, 2]", "encoder/scale [3] is not expected",
+                  "head/bias [5] is not expected", "decoder/bias [4] is missing"):
+        assert words in str(caught.value)
+
+
+def test_match_keeps_only_what_is_expected():
+    loaded = {"encoder": {"kernel": np.ones((2, 3))}, "head": {"bias": np.zeros(5)}}
+    expected = {"encoder": {"kernel": jax.ShapeDtypeStruct((2, 3), jnp.float32)}, "decoder": {"bias": np.zeros(4)}}
+    kept = checkpoint.match(loaded, expected, where="", allow_missing=["decoder/"], allow_unexpected=["head"])
+    assert_equal(kept, {"encoder": {"kernel": np.ones((2, 3))}})
+    with pytest.raises(errors.UserError, match="head/bias"):  # a prefix, not a substring
+        checkpoint.match(loaded, expected, where="", allow_missing=["decoder/"], allow_unexpected=["bias"])
+
+
+def test_match_lists_at_most_eight():
+    many = {f"layer{i}": np.zeros(1) for i in range(11)}
+    with pytest.raises(errors.UserError, match="and 3 more"):
+        checkpoint.match(many, {}, where="x")
+
+
+def test_content_hash_sees_names_dtypes_shapes_and_bytes_but_not_key_order():
+    base = {"a": np.arange(6, dtype=np.float32), "b": np.float32(0)}
+    same = {"b": jnp.float32(0), "a": jnp.arange(6, dtype=jnp.float32)}
+    stable = "5b79e8f6c6cd8a24"  # a resume compares it with one computed by an earlier run
+    assert checkpoint.content_hash(base) == checkpoint.content_hash(same) == stable
+    others = [
+        {"c": base["a"], "b": base["b"]}, {**base, "a": base["a"].view(np.int32)},
+        {**base, "a": base["a"].reshape(2, 3)}, {**base, "b": np.float32(1)}, {**base, "d": np.zeros(0)},
+    ]
+    assert len({checkpoint.content_hash(tree) for tree in [base, *others]}) == 1 + len(others)
+
+
+def test_console_stays_quiet_but_for_our_own_messages(tmp_path, capfd):
+    write_run(tmp_path, [1, 2])
+    restore(tmp_path)
+    checkpoint.load_params(tmp_path, ema=True)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_hashing_does_not_hold_up_the_loop(tmp_path, monkeypatch):
+    hashing, write = [], checkpoint._write_manifest
+
+    def slow(folder):
+        hashing.append("begun")
+        time.sleep(0.5)
+        write(folder)
+        hashing.append("done")
+
+    monkeypatch.setattr(checkpoint, "_write_manifest", slow)
+    run = open_run(tmp_path)
+    run.save(1, make_state(1))
+    assert "done" not in hashing
+    run.close()
+    assert hashing == ["begun", "done"] and (tmp_path / "checkpoints/1" / checkpoint.MANIFEST).exists()

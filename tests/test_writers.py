@@ -1,0 +1,252 @@
+"""What a run reports can be read back, survives a resume, and stays valid."""
+
+import io
+import json
+import struct
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboardX.proto import event_pb2
+
+from addp_jax import errors, writers
+
+
+def events(workdir):
+    """Every event of the run's TensorBoard files: frames of length, checksum, message, checksum."""
+    found = []
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            found.append(event_pb2.Event.FromString(data[12 : 12 + length]))
+            data = data[16 + length :]
+    return found
+
+
+def summaries(workdir):
+    return {(v.tag, e.step): v for e in events(workdir) for v in e.summary.value}
+
+
+def log(workdir):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    lines = (workdir / "log.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def test_scalars_read_back_from_both_logs(tmp_path):
+    writer = writers.Writer(tmp_path)
+    writer.scalars(1, {"loss": 2.5, "train/accuracy": jnp.float32(0.25)})
+    writer.scalars(2, {"loss": 1.5})
+    writer.close()
+    assert [(line["step"], line["loss"]) for line in log(tmp_path)] == [(1, 2.5), (2, 1.5)]
+    assert log(tmp_path)[0]["train/accuracy"] == 0.25 and log(tmp_path)[0]["time"] > 1e9
+    found = summaries(tmp_path)
+    assert found["loss", 2].simple_value == 1.5 and found["train/accuracy", 1].simple_value == 0.25
+
+
+def test_log_is_complete_on_disk_after_each_call(tmp_path):
+    writer = writers.Writer(tmp_path)
+    writer.scalars(1, {"loss": 2.5})
+    assert len(log(tmp_path)) == 1
+    writer.close()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_scalars_that_are_not_finite_stay_valid_json(tmp_path, value):
+    writer = writers.Writer(tmp_path)
+    writer.scalars(1, {"loss": value})
+    writer.close()
+    assert log(tmp_path)[0]["loss"] is None
+
+
+def test_images_are_pictures_and_events(tmp_path):
+    writer = writers.Writer(tmp_path)
+    image = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    writer.images(12, {"samples/grid": image, "float": image / 255.0})
+    writer.close()
+    for name in ("samples/grid", "float"):
+        picture = np.asarray(Image.open(tmp_path / f"pictures/{name}_0000012.png"))
+        np.testing.assert_array_equal(picture, image)
+        encoded = summaries(tmp_path)[name, 12].image.encoded_image_string
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(encoded))), image)
+
+
+def test_histograms_and_texts_read_back(tmp_path):
+    writer = writers.Writer(tmp_path)
+    values = jnp.asarray([[1.0, 2.0], [jnp.nan, 4.0]], jnp.bfloat16)
+    writer.histograms(3, {"usage": values, "nothing": np.array([np.nan])})
+    writer.text("config", "width = 8")
+    writer.flush()
+    histogram = summaries(tmp_path)["usage", 3].histo
+    assert (histogram.num, histogram.sum, histogram.min, histogram.max) == (3, 7.0, 1.0, 4.0)
+    assert summaries(tmp_path)["config/text_summary", 0].tensor.string_val == [b"width = 8"]
+    writer.close()
+
+
+def test_resume_leaves_no_duplicate_steps(tmp_path):
+    writer = writers.Writer(tmp_path)
+    for step in range(0, 6):
+        writer.scalars(step, {"loss": step})
+    writer.close()
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')  # torn by a kill
+    writer = writers.Writer(tmp_path, start_step=3)
+    writer.scalars(4, {"loss": 40})
+    writer.close()
+    assert [(line["step"], line["loss"]) for line in log(tmp_path)] == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 40)]
+    assert [e.step for e in events(tmp_path) if e.HasField("session_log")] == [0, 4]  # hides from 4 on
+    assert [e.step for e in events(tmp_path) if e.HasField("summary")] == [0, 1, 2, 3, 4, 5, 4]
+
+
+def test_run_from_the_beginning_starts_an_empty_log(tmp_path):
+    for _ in range(2):
+        writer = writers.Writer(tmp_path)
+        writer.scalars(0, {"loss": 1})
+        writer.close()
+    assert len(log(tmp_path)) == 1
+
+
+def test_disabled_writer_writes_nothing(tmp_path, capfd):
+    writer = writers.Writer(tmp_path / "run", enabled=False)
+    writer.scalars(1, {"loss": 1.0})
+    writer.images(1, {"a": np.zeros((2, 2, 3))})
+    writer.histograms(1, {"a": np.zeros(3)})
+    writer.text("a", "b")
+    writer.flush()
+    writer.close()
+    progress = writers.Progress(10, enabled=False)
+    progress.update(5)
+    progress.close()
+    profile = writers.Profile(tmp_path / "run", 1, 3, enabled=False)
+    profile.update(1)
+    profile.close()
+    assert list(tmp_path.iterdir()) == [] and capfd.readouterr() == ("", "")
+
+
+def test_unwritable_work_directory_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(errors.UserError, match="cannot write to --workdir .*/file/run"):
+        writers.Writer(tmp_path / "file" / "run")
+
+
+def test_full_disk_is_a_clear_error_and_not_a_hang(tmp_path):
+    writer = writers.Writer(tmp_path)
+    with open("/dev/full", "w") as writer._log, pytest.raises(errors.UserError, match="No space left on device"):
+        writer.scalars(1, {"loss": 1.0})
+
+
+def test_grid_places_images_row_by_row():
+    images = np.stack([np.full((3, 4, 3), value, np.uint8) for value in (10, 20, 30)])
+    canvas = writers.grid(images, columns=2, pad=1)
+    assert canvas.shape == (2 * 4 + 1, 2 * 5 + 1, 3) and canvas.dtype == np.uint8
+    assert (canvas[1:4, 1:5] == 10).all() and (canvas[1:4, 6:10] == 20).all() and (canvas[5:8, 1:5] == 30).all()
+    inside = np.zeros(canvas.shape[:2], bool)
+    inside[1:4, 1:5] = inside[1:4, 6:10] = inside[5:8, 1:5] = True
+    assert (canvas[~inside] == 255).all()
+
+
+def test_grid_takes_floats_and_clips_them():
+    canvas = writers.grid(np.array([-1.0, 0.5, 2.0]).reshape(3, 1, 1, 1) * np.ones((1, 1, 1, 3)), columns=9, pad=0)
+    assert canvas[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_captioned_keeps_each_image_below_its_caption():
+    rows = [("original", np.zeros((5, 40, 3), np.uint8)), ("", np.full((7, 60, 3), 0.5))]
+    canvas = writers.captioned(rows)
+    top = writers.CAPTION_HEIGHT
+    assert canvas.shape == (2 * top + 12, 60, 3)
+    assert (canvas[top : top + 5, :40] == 0).all() and (canvas[top : top + 5, 40:] == 255).all()
+    assert (canvas[2 * top + 5 :] == 128).all()
+    assert (canvas[:top] < 255).any() and (canvas[top + 5 : 2 * top + 5] == 255).all()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass only when the test says so."""
+    now = types.SimpleNamespace(seconds=100.0)
+    monkeypatch.setattr(writers, "time", types.SimpleNamespace(monotonic=lambda: now.seconds))
+    return now
+
+
+def test_progress_redraws_one_line_with_rate_and_time_left(clock):
+    stream = Terminal()
+    progress = writers.Progress(100, stream=stream)
+    for step in range(0, 41):
+        progress.update(step, f"loss {step}")
+        clock.seconds += 0.5
+    progress.close()
+    last = stream.getvalue().split("\r")[-1]
+    assert "step 40/100  2 steps/s  ETA 0:30  loss 40" in last and last.endswith("\n")
+    assert last.startswith("[##########..............] ")
+    assert stream.getvalue().count("\n") == 1 and stream.getvalue().count("\r") == 21
+
+
+def test_progress_in_a_log_file_is_a_plain_line_now_and_then(clock):
+    stream = io.StringIO()
+    progress = writers.Progress(10_000, start_step=500, unit="image", stream=stream)
+    for step in range(500, 601):
+        progress.update(step)
+        clock.seconds += 0.25
+    progress.close()
+    lines = stream.getvalue().splitlines()
+    assert "\r" not in stream.getvalue() and len(lines) == 4
+    assert lines[0] == "image 500/10000" and lines[2] == "image 580/10000  4 images/s  ETA 39:15"
+    assert lines[3].startswith("image 600/10000")
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
+def test_progress_of_no_steps_does_not_fail(stream):
+    progress = writers.Progress(0, 0, stream=stream)
+    progress.update(0)
+    progress.close()
+    assert "step 0/0" in stream.getvalue()
+
+
+def test_progress_that_never_began_prints_nothing():
+    stream = Terminal()
+    writers.Progress(5, stream=stream).close()
+    assert stream.getvalue() == ""
+
+
+def test_profile_traces_the_given_steps_once(tmp_path, monkeypatch):
+    calls, step = [], 0
+    monkeypatch.setattr(writers.jax.profiler, "start_trace", lambda folder: calls.append(("start", step, folder)))
+    monkeypatch.setattr(writers.jax.profiler, "stop_trace", lambda: calls.append(("stop", step)))
+    profile = writers.Profile(tmp_path, 2, 3)
+    for step in range(1, 7):
+        profile.update(step)
+    profile.close()
+    assert calls == [("start", 2, str(tmp_path / "profile")), ("stop", 4)]
+
+
+def test_profile_ends_with_a_run_that_ends_early(tmp_path):
+    profile = writers.Profile(tmp_path, 1, 10)
+    profile.update(1)
+    jnp.ones(3).block_until_ready()
+    profile.close()
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    never = writers.Profile(tmp_path / "never", 0, 0)
+    never.update(0)
+    never.close()
+    assert not (tmp_path / "never").exists()
+
+
+def test_curves_draw_a_panel_per_key(tmp_path):
+    writer = writers.Writer(tmp_path)
+    for step in range(5):
+        writer.scalars(step, {"loss": float("nan") if step == 2 else 5 - step, "accuracy": step})
+    writer.close()
+    for count, keys in enumerate((["loss"], ["loss", "accuracy", "absent"])):
+        writers.curves(tmp_path / "log.jsonl", tmp_path / f"{count}.png", keys)
+    one, three = (np.asarray(Image.open(tmp_path / f"{count}.png").convert("RGB")) for count in (0, 1))
+    assert three.shape[1] == 3 * one.shape[1] and one.std() > 5
