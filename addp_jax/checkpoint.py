@@ -30,7 +30,7 @@ from absl import logging as absl_logging
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
-from addp_jax import errors
+from addp_jax import errors, parameters
 
 MANIFEST = "blake2.json"
 IDENTITY = "identity.json"
@@ -122,6 +122,10 @@ class Checkpointer:
         except Exception as error:
             self._fail(step, error)
 
+    def newest(self):
+        """Step of the newest checkpoint, or None."""
+        return max(_steps(self._root), default=None)
+
     def close(self):
         """Waits for the save under way and stops the background threads."""
         try:
@@ -175,11 +179,11 @@ class Checkpointer:
 
     def _read(self, folder, abstract_state):
         with ocp.PyTreeCheckpointer() as reader:
-            saved = _named_leaves(reader.metadata(folder / "state").item_metadata.tree)
-        wanted = _named_leaves(abstract_state)
-        differences = _differences(saved, wanted, lambda leaf: f"{leaf.dtype}{list(leaf.shape)}")
+            saved = parameters.named_leaves(reader.metadata(folder / "state").item_metadata.tree)
+        wanted = parameters.named_leaves(abstract_state)
+        differences = parameters.differences(saved, wanted, lambda leaf: f"{leaf.dtype}{list(leaf.shape)}")
         if differences:
-            text = _shortened(differences, 8)
+            text = parameters.shortened(differences, 8)
             raise errors.UserError(f"{folder} does not fit this config ({text}); use another --workdir")
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
         return self._orbax().restore(int(folder.name), args=arguments)["state"]
@@ -228,34 +232,6 @@ def save_params(path, params, identity):
         raise errors.UserError(f"{path} already holds checkpoints; use another --workdir")
     with contextlib.closing(Checkpointer(path, Config(), identity)) as checkpointer:
         checkpointer.save(0, {"params": params})
-
-
-def match(loaded, expected, *, where, allow_missing=(), allow_unexpected=()):
-    """`loaded` restricted to the names in `expected`; names allowed to be missing stay missing.
-
-    loaded, expected: nested dicts; leaves of `expected` need only a `.shape`. where: file or config
-    field for the message. allow_missing, allow_unexpected: regular expressions for the beginning
-    of a leaf's path ("head/"). Raises UserError listing names and shapes of whatever else differs.
-    """
-    found, wanted = _named_leaves(loaded), _named_leaves(expected)
-    missing, unexpected = wanted.keys() - found.keys(), found.keys() - wanted.keys()
-    allowed = {name for name in missing if any(re.match(pattern, name) for pattern in allow_missing)}
-    allowed |= {name for name in unexpected if any(re.match(pattern, name) for pattern in allow_unexpected)}
-    differences = _differences(found, wanted, lambda leaf: list(leaf.shape), allowed)
-    if differences:
-        raise errors.UserError(f"{where}: parameters do not fit: {_shortened(differences, 8)}")
-    kept = {name: leaf for name, leaf in found.items() if name in wanted}
-    return traverse_util.unflatten_dict(kept, sep="/")
-
-
-def content_hash(params):
-    """16 hex digits from the names, dtypes, shapes and bytes of a pytree, whatever its key order."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, leaf in sorted(_named_leaves(params).items()):
-        array = np.asarray(leaf)
-        digest.update(f"{name}\0{array.dtype}\0{array.shape}\0".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-    return digest.hexdigest()
 
 
 def _steps(root):
@@ -353,7 +329,7 @@ def _require_identity(root, identity):
         if (name in old, old.get(name)) != (name in new, new.get(name))
     ]
     if fields:
-        text = _shortened(fields, 5)
+        text = parameters.shortened(fields, 5)
         raise errors.UserError(f"{root} holds checkpoints of another run ({text}); use another --workdir")
 
 
@@ -362,29 +338,6 @@ def _read_identity(root):
         return json.loads((root / IDENTITY).read_text()) if (root / IDENTITY).exists() else None
     except (OSError, ValueError) as error:
         raise errors.UserError(f"cannot read {root / IDENTITY}: {_first_line(error)}") from error
-
-
-def _named_leaves(tree):
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _differences(found, expected, describe, allowed=frozenset()):
-    """One line per leaf that is missing, unexpected, or that `describe` tells apart."""
-    lines = []
-    for name in sorted((found.keys() | expected.keys()) - allowed):
-        if name not in found:
-            lines.append(f"{name} {describe(expected[name])} is missing")
-        elif name not in expected:
-            lines.append(f"{name} {describe(found[name])} is not expected")
-        elif describe(found[name]) != describe(expected[name]):
-            lines.append(f"{name} is {describe(found[name])}, expected {describe(expected[name])}")
-    return lines
-
-
-def _shortened(items, limit):
-    rest = f"; and {len(items) - limit} more" if len(items) > limit else ""
-    return "; ".join(items[:limit]) + rest
 
 
 def _first_line(error):

@@ -7,7 +7,7 @@ import json
 
 import jax
 
-from addp_jax import checkpoint, errors, partition, writers
+from addp_jax import checkpoint, errors, parameters, partition, writers
 from addp_jax.data import pipeline
 
 
@@ -29,7 +29,7 @@ def load(program, workdir: str):
     """`(params, frozen)` of the newest checkpoint in `workdir`, on the mesh."""
     expected = program.state.params
     params, info = checkpoint.load_params(workdir, ema=True)
-    params = checkpoint.match(params, expected, where=workdir)
+    params = parameters.match(params, expected, where=workdir)
     print(f"{workdir}: parameters of step {info['step']}")
     params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, expected))
     return params, jax.device_put(program.task.load_frozen(), partition.replicated(program.mesh))

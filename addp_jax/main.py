@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from addp_jax import errors
@@ -50,6 +50,7 @@ def main(argv) -> None:
     if len(argv) > 1:
         print(f"error: {argv[1]!r} is not a flag; see --help", file=sys.stderr)
         sys.exit(2)
+    logging.set_verbosity(logging.WARNING)  # jax tells of every backend it does not find
     try:
         run()
     except errors.UserError as error:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from addp_jax import checkpoint, errors, evaluate, optim, partition, tasks, writers
+from addp_jax import checkpoint, errors, evaluate, optim, parameters, partition, tasks, writers
 from addp_jax.data import pipeline
 
 
@@ -61,7 +61,7 @@ def identity(config: Config, frozen) -> dict:
         for name, value in fields["model"].items()
         if name not in Config.FREE_MODEL and not name.endswith("_weights")
     }
-    return kept | {"frozen": {name: checkpoint.content_hash(params) for name, params in frozen.items()}}
+    return kept | {"frozen": {name: parameters.content_hash(params) for name, params in frozen.items()}}
 
 
 def make_init(task, optimizer, config: Config):
@@ -104,7 +104,11 @@ def make_step(task, optimizer, schedule, config: Config):
         average = state.ema_params
         if config.optim.ema_decay:
             average = optax.incremental_update(params, average, 1 - config.optim.ema_decay)
-        metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
+        metrics |= {
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(params),
+            "learning_rate": schedule(state.step),
+        }
         return TrainState(state.step + 1, params, opt_state, average), metrics
 
     return step
@@ -207,7 +211,7 @@ class Log:
 
     def __init__(self, workdir: str, run: Run, saver, start: int):
         self.writer = writers.Writer(workdir, enabled=jax.process_index() == 0, start_step=start)
-        self.progress = writers.Progress(run.length.total, start)
+        self.progress = writers.Progress(run.length.total, start, enabled=jax.process_index() == 0)
         self.every, self.saver, self.workdir = run.config.log_every, saver, workdir
         self.waiting, self.window = None, []
 
@@ -216,15 +220,17 @@ class Log:
         self.waiting = (step, metrics)
 
     def flush(self) -> None:
-        """Read the waiting metrics. Raises UserError when the loss or the gradient is not finite."""
+        """Read the waiting metrics. Raises UserError when the loss, a gradient or a new parameter is not finite."""
         if self.waiting is None:
             return
         (step, metrics), self.waiting = self.waiting, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+        watched = {name: values[name] for name in ("loss", "grad_norm", "param_norm")}
+        if not all(map(math.isfinite, watched.values())):
+            found = ", ".join(f"{name} {value}" for name, value in watched.items())
             raise errors.UserError(
-                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; stopped. The last good "
-                f"checkpoint in {self.workdir} is {self.saver.newest() or 'none'}; lower config.optim.base_lr"
+                f"step {step}: {found}; stopped. The last good checkpoint in {self.workdir} is "
+                f"step {self.saver.newest()}; lower config.optim.base_lr"
             )
         self.window.append(values)
         self.progress.update(step, f"loss {values['loss']:.4f}")
@@ -240,6 +246,8 @@ class Log:
     def close(self) -> None:
         self.progress.close()
         self.writer.close()
+        if jax.process_index() == 0:
+            writers.curves(f"{self.workdir}/log.jsonl", f"{self.workdir}/curves.png")
 
 
 class Interrupt:

@@ -76,12 +76,10 @@ class Writer:
         """images: {name: [H,W,3], uint8 or float in [0,1]}; a "/" in a name makes a folder."""
         if not self._enabled:
             return
-        for name, image in images.items():
-            image = _to_uint8(image)
-            path = self._workdir / "pictures" / f"{name}_{step:07d}.png"
-            with self._naming_errors():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(image).save(path)
+        images = {name: _to_uint8(image) for name, image in images.items()}
+        with self._naming_errors():
+            save_pictures(self._workdir / "pictures", {f"{name}_{step:07d}": image for name, image in images.items()})
+            for name, image in images.items():
                 self._write(step, summary=summary.image(name, image, dataformats="HWC"))
 
     def histograms(self, step, arrays):
@@ -122,7 +120,17 @@ class Writer:
         try:
             yield
         except OSError as error:
-            raise errors.UserError(f"cannot write to --workdir {self._workdir}: {error.strerror or error}") from error
+            reason = error.strerror or error
+            raise errors.UserError(f"cannot write to --workdir {self._workdir}: {reason}") from error
+
+
+def save_pictures(folder, images):
+    """Writes {name: [H,W,3], uint8 or float in [0,1]} as `<folder>/<name>.png`; returns the paths."""
+    paths = {name: pathlib.Path(folder) / f"{name}.png" for name in images}
+    for name, image in images.items():
+        paths[name].parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(_to_uint8(image)).save(paths[name])
+    return list(paths.values())
 
 
 def grid(images, columns, pad=2):
@@ -230,8 +238,11 @@ class Profile:
             self._tracing = False
 
 
-def curves(log_path, out_png, keys):
-    """Draws the scalars `keys` of a log.jsonl over the steps, one panel each, into `out_png`."""
+def curves(log_path, out_png, keys=()):
+    """Draws the scalars `keys` of a log.jsonl over the steps, one panel each, into `out_png`.
+
+    Without `keys`: the training loss and every evaluation scalar.
+    """
     try:
         import matplotlib
     except ImportError as error:
@@ -239,12 +250,17 @@ def curves(log_path, out_png, keys):
     from matplotlib import figure
 
     lines = _read_log(log_path)
+    evaluated = sorted({key for line in lines for key in line if key.startswith("eval/")})
+    keys = keys or ["train/loss", *evaluated]
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
         # A Figure of its own, without pyplot: needs no display and leaves no global state.
         canvas = figure.Figure(figsize=(3.2 * len(keys), 2.4), layout="constrained")
         for axes, key in zip(canvas.subplots(1, len(keys), squeeze=False)[0], keys):
             points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-            axes.plot(*zip(*points), linewidth=1.4) if points else axes.text(0.5, 0.5, "no data", ha="center")
+            if points:
+                axes.plot(*zip(*points), linewidth=1.4)
+            else:
+                axes.text(0.5, 0.5, "no data", ha="center")
             axes.set(title=key, xlabel="step")
             axes.grid(alpha=0.25)
         canvas.savefig(out_png, dpi=150)

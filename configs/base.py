@@ -36,6 +36,7 @@ def run(task: str, **model) -> ConfigDict:
             crop_scale=(0.2, 1.0),  # area of the random resized crop (release: main_pretrain.py)
             flip=True,  # horizontally, half of the images
             max_objects=1,  # shapes: objects per image
+            textures=True,  # shapes: patterned objects and backgrounds
             workers=0,  # processes that decode; 0 = threads only
             threads=16,  # that read, per process
             prefetch=4,  # batches held ready
@@ -130,9 +131,44 @@ def pixel_to_token(width, depth, heads, decoder_depth=8, decoder_heads=16, num_c
     )
 
 
+def convnet(image_size, num_classes, patch_size=2, channels=16, multipliers=(1, 2, 4, 4), num_groups=8):
+    """A small convolutional classifier."""
+    return dict(
+        image_size=image_size,  # pixels
+        patch_size=patch_size,  # pixels that the first convolution reads as one
+        channels=channels,  # of the first level
+        multipliers=multipliers,  # of the channels, per level; each level after the first halves the resolution
+        num_groups=num_groups,  # of every GroupNorm
+        num_classes=num_classes,  # C
+    )
+
+
+def convnet_task(net):
+    """`config.model` of the task `convnet`."""
+    return dict(
+        net=net,
+        label_smoothing=0.05,
+        noise=0.08,  # standard deviation of the pixel noise on training images, at most
+        outliers=0.25,  # share of the training images that are spoiled and belong to no class
+    )
+
+
 def tokenizer_task(net):
     """`config.model` of the task `tokenizer` (MaskGIT's vqgan_config.py)."""
-    return dict(net=net)
+    return dict(
+        net=net,
+        adversary=dict(channels=64, max_channels=512),
+        l2_weight=1.0,  # of the mean squared error
+        l1_weight=0.0,
+        codebook_weight=1.0,  # pulls codes to features
+        commitment_weight=0.25,  # pulls features to codes
+        entropy_weight=0.1,  # each place sure of its code, all codes in use
+        entropy_temperature=0.01,  # of the softmax over squared distances
+        adversary_weight=0.1,  # 0 = no adversary
+        r1_weight=10.0,  # gradient penalty of the adversary
+        perceptual_weight=0.1,
+        perceptual_weights="",  # torchvision's vgg16 as a .safetensors file; "" = no perceptual term
+    )
 
 
 def predictor_task(net, tokenizer):
@@ -195,6 +231,8 @@ def tiny(config):
     if config.task == "tokenizer":
         model.net = ConfigDict(small_tokenizer)
         model.adversary.update(channels=8, max_channels=8)
+    elif config.task == "convnet":
+        model.net = ConfigDict(convnet(16, model.net.num_classes, channels=8, multipliers=(1, 2), num_groups=4))
     else:
         model.tokenizer = ConfigDict(small_tokenizer)
         model.num_samples = 4

@@ -4,7 +4,8 @@ from configs import base, demo
 
 
 def get_config(arg=""):
-    net = base.pixel_to_token(**demo.NET, image_size=64, patch_size=8)
-    model = base.addp_task(net, base.predictor(**demo.NET, length=demo.LENGTH), demo.tokenizer())
-    config = demo.run("addp", 600, 2e-3, **model)
-    return base.sized(config, arg)
+    size = demo.image_size(arg)
+    net = base.pixel_to_token(**demo.NET, image_size=size, patch_size=demo.PATCH)
+    model = base.addp_task(net, base.predictor(**demo.NET, length=demo.length(size)), demo.tokenizer(size))
+    config = demo.run("addp", 500, 32, 3e-3, **model)
+    return demo.sized(config, arg)

@@ -4,6 +4,7 @@ from configs import base, demo
 
 
 def get_config(arg=""):
-    net = base.predictor(**demo.NET, length=demo.LENGTH)
-    config = demo.run("token_predictor", 600, 2e-3, **base.predictor_task(net, demo.tokenizer()))
-    return base.sized(config, arg)
+    size = demo.image_size(arg)
+    net = base.predictor(**demo.NET, length=demo.length(size))
+    config = demo.run("token_predictor", 600, 32, 3e-3, **base.predictor_task(net, demo.tokenizer(size)))
+    return demo.sized(config, arg)

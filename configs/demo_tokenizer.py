@@ -4,8 +4,8 @@ from configs import base, demo
 
 
 def get_config(arg=""):
-    model = base.tokenizer_task(demo.tokenizer())
-    config = demo.run("tokenizer", 600, 2e-3, **model)
-    config.model.update(adversary_weight=0.0)
+    model = base.tokenizer_task(demo.tokenizer(demo.image_size(arg)))
+    config = demo.run("tokenizer", 1500, 8, 5e-3, **model)
+    config.model.update(l2_weight=3.0, l1_weight=1.0, entropy_weight=0.02, entropy_temperature=0.1, adversary_weight=0.0)
     config.optim.update(weight_decay=0.0)
-    return base.sized(config, arg)
+    return demo.sized(config, arg)

@@ -12,3 +12,15 @@ from absl import flags  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags
+
+import pytest  # noqa: E402
+
+from addp_jax import partition  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def mesh():
+    """One device unless a test enters another mesh."""
+    one = partition.make_mesh(partition.Config(), jax.devices()[:1])
+    with jax.set_mesh(one):
+        yield one

@@ -12,21 +12,28 @@ SIZE = 16  # pixels
 TINY = adversary.Config(channels=4, max_channels=8)
 
 
+def judge(params, image, dtype=jnp.float32):
+    return jax.jit(adversary.Adversary(TINY, dtype).apply)({"params": params}, image)
+
+
 def images(count=2, size=SIZE, seed=0):
     return jax.random.uniform(jax.random.key(seed), (count, size, size, 3))
 
 
 @pytest.fixture(scope="module")
 def params():
-    return adversary.init(adversary.Adversary(TINY), jax.random.key(0), SIZE)
+    net = adversary.Adversary(TINY)
+    return jax.jit(lambda rng: adversary.init(net, rng, SIZE))(jax.random.key(0))
 
 
-@pytest.fixture(scope="module")
-def vgg_arrays():
-    """Random weights under torchvision's names, some of the classifier included."""
+@pytest.fixture
+def vgg_arrays(monkeypatch):
+    """Random weights of a thin VGG16 under torchvision's names, and something of the classifier."""
+    indices = [indices for _, indices in perceptual.STAGES]
+    monkeypatch.setattr(perceptual, "STAGES", tuple(zip((4, 4, 6, 8, 8), indices)))
     rng, arrays, inputs = np.random.default_rng(0), {"classifier.0.bias": np.zeros(8, np.float32)}, 3
-    for width, indices in perceptual.STAGES:
-        for index in indices:
+    for width, stage in perceptual.STAGES:
+        for index in stage:
             scale = np.sqrt(2 / (9 * inputs))
             arrays[f"features.{index}.weight"] = rng.normal(0, scale, (width, inputs, 3, 3)).astype(np.float32)
             arrays[f"features.{index}.bias"] = rng.normal(0, 0.1, width).astype(np.float32)
@@ -61,11 +68,10 @@ def test_every_parameter_has_a_layout(params):
 
 
 def test_images_do_not_influence_each_other(params):
-    net = adversary.Adversary(TINY)
     batch = images(3)
-    together = net.apply({"params": params}, batch)
+    together = judge(params, batch)
     assert together.shape == (3,) and together.dtype == jnp.float32
-    np.testing.assert_allclose(together[1:2], net.apply({"params": params}, batch[1:2]), atol=1e-5)
+    np.testing.assert_allclose(together[1:2], judge(params, batch[1:2]), atol=1e-5)
 
 
 def test_blur_pool_is_the_depthwise_filter():
@@ -79,9 +85,15 @@ def test_blur_pool_is_the_depthwise_filter():
 
 
 def test_logits_stay_float32_when_computing_in_bfloat16(params):
-    logits = adversary.Adversary(TINY, jnp.bfloat16).apply({"params": params}, images())
+    logits = judge(params, images(), jnp.bfloat16)
     assert logits.dtype == jnp.float32
-    np.testing.assert_allclose(logits, adversary.Adversary(TINY).apply({"params": params}, images()), atol=0.1)
+    np.testing.assert_allclose(logits, judge(params, images()), atol=0.1)
+
+
+def test_vgg_has_the_published_size():
+    """14,714,688 parameters: VGG16's 138,357,544 without its three dense layers."""
+    shapes = jax.eval_shape(perceptual.Vgg16().init, jax.random.key(0), images(1))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 14_714_688
 
 
 def test_vgg_convolutions_are_torchvisions(vgg_arrays):
@@ -89,13 +101,14 @@ def test_vgg_convolutions_are_torchvisions(vgg_arrays):
     image = np.asarray(images(1, 16))
     hidden = ((image - np.array(perceptual.MEAN)) / np.array(perceptual.STD)).transpose(0, 3, 1, 2)
     for index in (0, 2):
-        windows = np.lib.stride_tricks.sliding_window_view(np.pad(hidden, ((0, 0), (0, 0), (1, 1), (1, 1))), (3, 3), (2, 3))
+        padded = np.pad(hidden, ((0, 0), (0, 0), (1, 1), (1, 1)))
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (2, 3))
         hidden = np.einsum("bchwij,ocij->bohw", windows, vgg_arrays[f"features.{index}.weight"])
         hidden = np.maximum(hidden + vgg_arrays[f"features.{index}.bias"][None, :, None, None], 0)
     params = perceptual.params_from_torchvision(vgg_arrays)
-    stages = perceptual.Vgg16().apply({"params": params}, image)
+    stages = jax.jit(perceptual.Vgg16().apply)({"params": params}, image)
     np.testing.assert_allclose(stages[0].transpose(0, 3, 1, 2), hidden, atol=1e-4)
-    assert [stage.shape[1:] for stage in stages] == [(16, 16, 64), (8, 8, 128), (4, 4, 256), (2, 2, 512), (1, 1, 512)]
+    assert [stage.shape[1:] for stage in stages] == [(16, 16, 4), (8, 8, 4), (4, 4, 6), (2, 2, 8), (1, 1, 8)]
 
 
 def test_vgg_entries_must_be_there_and_fit(vgg_arrays):
@@ -108,13 +121,14 @@ def test_vgg_entries_must_be_there_and_fit(vgg_arrays):
 def test_perceptual_distance_grows_with_the_damage(vgg_arrays):
     params = perceptual.params_from_torchvision(vgg_arrays)
     image, noise = images(2), jax.random.normal(jax.random.key(1), (2, SIZE, SIZE, 3))
-    same, near, far = (perceptual.distance(params, image, image + scale * noise) for scale in (0.0, 0.02, 0.3))
-    np.testing.assert_array_equal(same, 0)
+    distance = jax.jit(perceptual.distance)
+    same, near, far = (distance(params, image, image + scale * noise) for scale in (0.0, 0.02, 0.3))
+    np.testing.assert_allclose(same, 0, atol=1e-12)
     assert (near > 0).all() and (far > near).all() and (far < 2).all()
 
 
 def test_perceptual_distance_has_a_finite_gradient_at_zero(vgg_arrays):
     params = perceptual.params_from_torchvision(vgg_arrays)
     image = jnp.zeros((1, SIZE, SIZE, 3))
-    gradient = jax.grad(lambda other: perceptual.distance(params, image, other).sum())(image)
+    gradient = jax.jit(jax.grad(lambda other: perceptual.distance(params, image, other).sum()))(image)
     assert jnp.isfinite(gradient).all()

@@ -95,7 +95,9 @@ def test_same_rng_gives_the_same_crop_and_another_rng_another():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 500), (500, 3), (16, 17)])
-@pytest.mark.parametrize("transform", [transforms.train_image(16), transforms.eval_image(16), transforms.eval_image(16, 0.875)])
+@pytest.mark.parametrize(
+    "transform", [transforms.train_image(16), transforms.eval_image(16), transforms.eval_image(16, 0.875)]
+)
 def test_every_image_size_gives_the_wanted_size(size, transform):
     result = transform({"image": noise(*size), "label": 0}, np.random.default_rng(0))
     assert result["image"].shape == (16, 16, 3) and result["image"].dtype == np.uint8
@@ -125,7 +127,9 @@ def test_every_mode_becomes_rgb(mode):
 def test_palette_with_transparency_gives_the_palette_colours():
     picture = Image.new("P", (6, 4), 1)
     picture.putpalette([0, 0, 0, 10, 200, 30])
-    image = transforms.decode(encoded(picture, transparency=b"\x00\x80"), "a.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image = transforms.decode(encoded(picture, transparency=b"\x00\x80"), "a.png")
     assert (image == [10, 200, 30]).all()
 
 
@@ -139,7 +143,9 @@ def test_sixteen_bit_grey_is_scaled_not_clipped():
     np.testing.assert_array_equal(image[0, :, 0], [0, 1, 128, 255])
 
 
-@pytest.mark.parametrize("orientation, upright", [(1, lambda x: x), (3, lambda x: x[::-1, ::-1]), (6, lambda x: np.rot90(x, -1))])
+@pytest.mark.parametrize(
+    "orientation, upright", [(1, lambda x: x), (3, lambda x: x[::-1, ::-1]), (6, lambda x: np.rot90(x, -1))]
+)
 def test_exif_orientation_is_respected(orientation, upright):
     image = noise(4, 6)
     exif = Image.Exif()

@@ -136,8 +136,11 @@ def test_unwritable_work_directory_is_named(tmp_path):
 
 def test_full_disk_is_a_clear_error_and_not_a_hang(tmp_path):
     writer = writers.Writer(tmp_path)
-    with open("/dev/full", "w") as writer._log, pytest.raises(errors.UserError, match="No space left on device"):
-        writer.scalars(1, {"loss": 1.0})
+    writer._log.close()
+    writer._log = open("/dev/full", "w")
+    for finish in (lambda: writer.scalars(1, {"loss": 1.0}), writer.close):
+        with pytest.raises(errors.UserError, match="cannot write to --workdir .*: No space left on device"):
+            finish()
 
 
 def test_grid_places_images_row_by_row():

@@ -58,7 +58,7 @@ def pack(input_folder: str, output: str, split: str = "train", num_shards: int =
     source = _open(input_folder, split)
     existed = os.path.isdir(output)
     if existed and any(name.startswith(f"{split}-") for name in os.listdir(output)):
-        raise errors.UserError(f"--output: {output!r} already holds {split}- files; remove them or choose another folder")
+        raise errors.UserError(f"--output: {output!r} already holds {split}- files; choose another folder")
     os.makedirs(output, exist_ok=True)
     folder = tempfile.mkdtemp(prefix=".packing-", dir=output)
     try:

@@ -39,6 +39,7 @@ class Config:
       crop_scale: range of the random crop's area, fraction of the image.
       flip: mirror half of the training images.
       max_objects: objects per picture, shapes only.
+      textures: patterned objects and backgrounds, shapes only.
       workers: worker processes; 0 = threads only.
       threads: reader threads in each process; 0 = none.
       prefetch: batches held ready in each process.
@@ -54,6 +55,7 @@ class Config:
     crop_scale: tuple[float, float] = (0.2, 1.0)
     flip: bool = True
     max_objects: int = 1
+    textures: bool = True
     workers: int = 0
     threads: int = 2
     prefetch: int = 4
@@ -63,7 +65,7 @@ class Config:
             if getattr(self, name) < 0:
                 raise errors.UserError(f"config.data.{name} = {getattr(self, name)} must not be negative")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise errors.UserError(f"config.data.crop_scale = {self.crop_scale} must be two fractions, the smaller first")
+            raise errors.UserError(f"config.data.crop_scale = {self.crop_scale} must be two rising fractions")
         if self.max_objects < 1:
             raise errors.UserError(f"config.data.max_objects = {self.max_objects} must be at least 1")
 
@@ -81,7 +83,8 @@ def open_source(config: Config, split: str, image_size: int = 64):
     """
     wanted = config.num_train if split == "train" else config.num_eval
     if config.source == "shapes":
-        return shapes.Shapes(wanted or _SHAPES_SIZE[split], _SHAPES_SEED[split], image_size, config.max_objects)
+        size = wanted or _SHAPES_SIZE[split]
+        return shapes.Shapes(size, _SHAPES_SEED[split], image_size, config.max_objects, config.textures)
     source = _open_files(config, split)
     if wanted > len(source):
         raise errors.UserError(f"config.data.num_{split} = {wanted}, but {source!r} has fewer; use 0 for all")

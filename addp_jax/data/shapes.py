@@ -123,19 +123,20 @@ class Shapes:
       seed: another seed is another data set.
       image_size: side S in pixels.
       max_objects: objects per picture, at most.
+      textures: some objects and backgrounds have patterns or gradients; else all have one colour.
     """
 
     classes = CLASSES
 
-    def __init__(self, num_examples: int, seed: int, image_size: int, max_objects: int = 1):
+    def __init__(self, num_examples: int, seed: int, image_size: int, max_objects: int = 1, textures: bool = True):
         self.num_examples, self.seed = num_examples, seed
-        self.image_size, self.max_objects = image_size, max_objects
+        self.image_size, self.max_objects, self.textures = image_size, max_objects, textures
 
     def __len__(self) -> int:
         return self.num_examples
 
     def __repr__(self) -> str:
-        return f"Shapes({self.num_examples}, {self.seed}, {self.image_size}, {self.max_objects})"
+        return f"Shapes({self.num_examples}, {self.seed}, {self.image_size}, {self.max_objects}, {self.textures})"
 
     def __getitem__(self, i: int) -> dict:
         if not 0 <= i < self.num_examples:
@@ -143,10 +144,10 @@ class Shapes:
         rng = np.random.default_rng((self.seed, int(i)))
         on_dark = rng.random() < 0.5
         objects = _arrange(rng, int(i) % len(CLASSES), LIGHT if on_dark else DARK, self.max_objects)
-        canvas = _background(rng, self.image_size, on_dark)
+        canvas = _background(rng, self.image_size, on_dark, self.textures)
         masks = np.zeros((self.max_objects, self.image_size, self.image_size), bool)
         for slot, thing in enumerate(objects):
-            _draw(canvas, masks, slot, thing)
+            _draw(canvas, masks, slot, thing, self.textures)
         return {
             "image": np.rint(np.clip(canvas, 0, 1) * 255).astype(np.uint8),
             "label": np.int32(objects[0].label),
@@ -193,14 +194,14 @@ def _place(rng: np.random.Generator, radius: float, spread: float, others: list[
     return centre
 
 
-def _background(rng: np.random.Generator, size: int, dark: bool) -> np.ndarray:
+def _background(rng: np.random.Generator, size: int, dark: bool, textures: bool) -> np.ndarray:
     """Two muted shades of one hue, mixed plainly, by a gradient or by a soft pattern: [S,S,3] in 0..1."""
     lightness = rng.uniform(0.13, 0.2) if dark else rng.uniform(0.84, 0.92)
     hue, step = rng.random(), 0.07
     first = np.array(colorsys.hls_to_rgb(hue, lightness - step, 0.35), np.float32)
     second = np.array(colorsys.hls_to_rgb(hue, lightness + step, 0.35), np.float32)
     angle, waves = rng.uniform(0, 2 * np.pi), rng.uniform(12, 22)
-    kind = rng.choice(("plain", "gradient", "stripes", "checker"), p=(0.3, 0.4, 0.15, 0.15))
+    kind = rng.choice(("plain", "gradient", "stripes", "checker"), p=(0.3, 0.4, 0.15, 0.15) if textures else (1, 0, 0, 0))
     y, x = np.ogrid[-0.5 : 0.5 : size * 1j, -0.5 : 0.5 : size * 1j]
     along = (np.cos(angle) * x + np.sin(angle) * y).astype(np.float32)
     if kind == "plain":
@@ -215,7 +216,7 @@ def _background(rng: np.random.Generator, size: int, dark: bool) -> np.ndarray:
     return first + share[:, :, None] * (second - first)
 
 
-def _draw(canvas: np.ndarray, masks: np.ndarray, slot: int, thing: _Object):
+def _draw(canvas: np.ndarray, masks: np.ndarray, slot: int, thing: _Object, textures: bool):
     """Paints one object over the canvas [S,S,3] and the masks [N,S,S], in place."""
     size = len(canvas)
     low = np.maximum(np.floor((thing.centre - 1.3 * thing.radius) * size).astype(int), 0)
@@ -227,7 +228,7 @@ def _draw(canvas: np.ndarray, masks: np.ndarray, slot: int, thing: _Object):
     u, v = np.float32(cos) * x + np.float32(sin) * y, np.float32(cos) * y - np.float32(sin) * x
     cover = np.clip(0.5 - _distance(CLASSES[thing.label], u, v) * (thing.radius * size), 0, 1)
     paint = thing.colour
-    if thing.texture != "plain":
+    if textures and thing.texture != "plain":
         paint = paint + _texture(thing.texture, u, v)[:, :, None] * (thing.second - paint)
     canvas[window] += cover[:, :, None] * (paint - canvas[window])
     masks[(slice(None), *window)] &= cover < 0.5

@@ -199,7 +199,7 @@ def _image_root(root: str, split: str, path: str, list_file: str) -> str:
     for folder in candidates:
         if os.path.exists(os.path.join(folder, path)):
             return folder
-    raise errors.UserError(f"{list_file} names {path!r}, which is neither in {candidates[0]!r} nor in {candidates[1]!r}")
+    raise errors.UserError(f"{list_file} names {path!r}, found neither in {candidates[0]!r} nor in {root!r}")
 
 
 class ArrayRecord:
@@ -222,7 +222,8 @@ class ArrayRecord:
             with open(os.path.join(folder, f"{split}-classes.json"), encoding="utf-8") as file:
                 self.classes = tuple(json.load(file))
         except Exception as error:  # array_record raises bare C++ errors
-            raise errors.UserError(f"config.data.path: cannot open the {split} shards in {folder!r}: {error}") from error
+            reason = _one_line(error)
+            raise errors.UserError(f"config.data.path: cannot open {split} shards in {folder!r}: {reason}") from error
 
     def __len__(self) -> int:
         return len(self._records)
@@ -232,13 +233,16 @@ class ArrayRecord:
             record = msgpack.unpackb(self._records[int(i)])
             image, label, path = record["image"], np.int32(record["label"]), record["path"]
         except Exception as error:  # as above
-            raise errors.UserError(
-                f"{self.path!r}, split {self.split}: record {i} is damaged or not by addp_jax.data.pack: {error}"
-            ) from error
+            where = f"{self.path!r}, split {self.split}, record {i}"
+            raise errors.UserError(f"{where}: damaged, or not by addp_jax.data.pack: {_one_line(error)}") from error
         return {"image": image, "label": label, "index": np.int32(i), "path": path}
 
     def __repr__(self) -> str:
         return f"ArrayRecord({self.path!r}, {self.split!r}, {len(self)} images)"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def shards(path: str, split: str) -> list[str]:
@@ -311,5 +315,5 @@ def _tfds_data(name: str, split: str, data_dir: str):
     except NotImplementedError as error:
         raise errors.UserError(f"config.data.name: {name!r} in {place} is stored as TFRECORD; {build}") from error
     except Exception as error:  # a wrong split raises KeyError or ValueError, depending on its form
-        have = ", ".join(builder.info.splits)
-        raise errors.UserError(f"config.data.train_split, eval_split: {name!r} has no {split!r}; it has {have}") from error
+        have = f"has no {split!r}, it has {', '.join(builder.info.splits)}"
+        raise errors.UserError(f"config.data.train_split/eval_split: {name!r} {have}") from error

@@ -19,7 +19,7 @@ _ASPECT_RATIOS = (3 / 4, 4 / 3)
 
 
 def decode(image: bytes | np.ndarray, where: str) -> np.ndarray:
-    """Reads an encoded image, or checks an array, into uint8 RGB [H,W,3].
+    """Reads an encoded image, or checks an array, into uint8 RGB [H,W,3], not to be written to.
 
     Any PIL mode is accepted: transparency is dropped, 16-bit grey is scaled to
     8 bits, CMYK and palettes are converted. The EXIF orientation is applied.
@@ -40,7 +40,7 @@ def decode(image: bytes | np.ndarray, where: str) -> np.ndarray:
     try:
         picture = Image.open(io.BytesIO(image))
         picture.load()
-        return np.array(_rgb(_upright(picture)))
+        return np.asarray(_rgb(_upright(picture)))
     # A damaged file makes PIL raise nearly anything: OSError, SyntaxError, struct.error, ...
     except Exception as error:
         reason = "not an image file" if isinstance(error, Image.UnidentifiedImageError) else _one_line(error)
@@ -67,8 +67,10 @@ def _rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I"):  # 16-bit grey: convert() would clip at 255
         grey = np.asarray(picture).astype(np.float64) / 257
         return Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8)).convert("RGB")
+    if picture.mode == "RGB":  # convert() would copy it
+        return picture
     if picture.mode == "P" and "transparency" in picture.info:
-        picture = picture.convert("RGBA")
+        picture = picture.convert("RGBA")  # PIL warns about the direct way
     return picture.convert("RGB")
 
 
@@ -80,7 +82,7 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Bicubic with antialiasing: uint8 [H,W,3] -> uint8 [height,width,3]."""
     if image.shape[:2] == (height, width):
         return image
-    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def centre_square(image: np.ndarray, short: int, size: int) -> np.ndarray:

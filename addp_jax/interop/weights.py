@@ -7,7 +7,7 @@ import os
 import jax
 import numpy as np
 
-from addp_jax import checkpoint, errors
+from addp_jax import checkpoint, errors, parameters
 
 RANDOM = "random"  # instead of a path: freshly initialised weights, for benchmarks and memory checks only
 TRAIN_FIRST = {
@@ -37,4 +37,4 @@ def load(path: str, network: str, init, field: str) -> dict:
     params, _ = checkpoint.load_params(path, ema=True)
     if network not in params:
         raise errors.UserError(f"{field}: {path} holds {', '.join(params)}, not a {network}; {hint}")
-    return checkpoint.match(params[network], jax.eval_shape(init, jax.random.key(0)), where=f"{field} ({path})")
+    return parameters.match(params[network], jax.eval_shape(init, jax.random.key(0)), where=f"{field} ({path})")

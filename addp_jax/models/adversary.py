@@ -1,4 +1,4 @@
-"""The tokenizer's adversary: StyleGAN's residual discriminator with blur pooling, as MaskGIT's tokenizer was trained with.
+"""The tokenizer's adversary: StyleGAN's residual discriminator with blur pooling, as in MaskGIT.
 
 Used only while a tokenizer is trained; nothing downstream needs its weights.
 """
@@ -29,7 +29,7 @@ class Config:
         """
         levels = image_size.bit_length() - SMALLEST.bit_length()
         if levels < 0 or image_size != SMALLEST << levels:
-            raise ValueError(f"the adversary halves the image down to {SMALLEST} pixels; {image_size} does not allow it")
+            raise ValueError(f"the adversary halves images down to {SMALLEST} pixels; {image_size} does not allow it")
         return tuple(min(self.channels << level, self.max_channels) for level in range(levels + 1))
 
 

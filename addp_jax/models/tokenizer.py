@@ -45,14 +45,38 @@ def conv(features: int, size: int, bias: bool, name: str, dtype) -> nn.Conv:
     return nn.Conv(features, (size, size), use_bias=bias, dtype=dtype, name=name)
 
 
+class GroupNorm(nn.Module):
+    """Group normalisation that sums each channel over space first, then channels into groups.
+
+    The same result as flax's, whose reduction over (space, channels of a group) is several times slower on CPUs.
+    """
+
+    groups: int
+
+    @nn.compact
+    def __call__(self, features):
+        """[B,H,W,C] -> float32 [B,H,W,C]."""
+        batch, height, width, channels = features.shape
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        flat = features.astype(jnp.float32).reshape(batch, height * width, channels)
+
+        def group_mean(per_channel):
+            means = per_channel.reshape(batch, self.groups, -1).mean(-1) / (height * width)
+            return jnp.repeat(means, channels // self.groups, axis=1)[:, None]
+
+        centred = flat - group_mean(flat.sum(1))
+        factor = jax.lax.rsqrt(group_mean((centred**2).sum(1)) + GROUP_NORM_EPS) * scale[None, None]
+        return (centred * factor + bias[None, None]).reshape(features.shape)
+
+
 class NormSwish(nn.Module):
     groups: int
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, features):
-        norm = nn.GroupNorm(self.groups, epsilon=GROUP_NORM_EPS, use_fast_variance=False, dtype=self.dtype, name="norm")
-        return nn.swish(norm(features))
+        return nn.swish(GroupNorm(self.groups, name="norm")(features)).astype(self.dtype)
 
 
 class ResBlock(nn.Module):
@@ -156,7 +180,7 @@ class Tokenizer(nn.Module):
 
     def lookup(self, token_ids):
         """`token_ids` int32 [B,L] -> codes [B,L,Z]."""
-        return self.codebook[token_ids]
+        return jnp.asarray(self.codebook)[token_ids]
 
     def decode(self, latents):
         """`latents` [B,L,Z] in raster order -> image float32 [B,H,W,3], about [0,1] but not clipped."""

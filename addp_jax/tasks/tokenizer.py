@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from addp_jax import errors, partition, writers
-from addp_jax.data import transforms
+from addp_jax import errors, partition, tasks, writers
+from addp_jax.data import pipeline
 from addp_jax.models import adversary, perceptual, tokenizer
 
 LOG_EPS = 1e-5  # MaskGIT's, in the logarithm of the mean code probabilities
@@ -28,8 +28,6 @@ class Config:
 
     net: tokenizer.Config = tokenizer.Config()
     adversary: adversary.Config = adversary.Config()
-    crop_scale: tuple[float, ...] = (0.2, 1.0)
-    flip: bool = True
     l2_weight: float = 1.0
     l1_weight: float = 0.0
     codebook_weight: float = 1.0  # pulls codes to features
@@ -48,6 +46,8 @@ class Task:
     def __init__(self, config: Config, dtype):
         check(config)
         self.config = config
+        self.image_size = config.net.image_size
+        self.image_size = config.net.image_size
         self.dtype = dtype
         self.net = tokenizer.Tokenizer(config.net, dtype)
         self.adversary = adversary.Adversary(config.adversary, dtype) if config.adversary_weight else None
@@ -58,7 +58,7 @@ class Task:
         tokenizer_rng, adversary_rng = jax.random.split(rng)
         params = {"tokenizer": tokenizer.init(self.net, tokenizer_rng)}
         if self.adversary:
-            params["adversary"] = adversary.init(self.adversary, adversary_rng, self.config.net.image_size)
+            params["adversary"] = adversary.init(self.adversary, adversary_rng, self.image_size)
         return params
 
     def load_frozen(self):
@@ -141,7 +141,7 @@ class Task:
         return {name: float(value) for name, value in scalars.items()}, {"reconstructions": grid}
 
     def _statistics(self, params, batch):
-        """Sums over the batch's valid examples, and its first images; replicated, so that every process can read them."""
+        """Sums over the batch's valid examples, and its first images; replicated: every process can read them."""
         image, valid = to_unit(batch["image"]), batch["valid"]
         out = self._reconstruct(params, image)
         reconstruction = jnp.clip(out["reconstruction"], 0, 1)
@@ -155,10 +155,8 @@ class Task:
         shown = tuple(array[:NUM_PICTURES] for array in (image, reconstruction, valid))
         return jax.tree.map(lambda array: partition.constrain(array, *[None] * array.ndim), (sums, shown))
 
-    def transform(self, split):
-        if split == "train":
-            return transforms.train_image(self.config.net.image_size, self.config.crop_scale, self.config.flip)
-        return transforms.eval_image(self.config.net.image_size)
+    def transform(self, split: str, data: pipeline.Config):
+        return tasks.image_transform(split, data, self.image_size)
 
 
 def check(config: Config):
@@ -182,7 +180,10 @@ def check(config: Config):
 
 
 def load_vgg16(path: str) -> dict:
-    """Parameters of `perceptual.Vgg16` from a .safetensors file with torchvision's names; UserError if it does not fit."""
+    """Parameters of `perceptual.Vgg16` from a .safetensors file with torchvision's names.
+
+    Raises UserError if the file cannot be read or does not fit.
+    """
     try:
         with safetensors.safe_open(path, "numpy") as file:
             names = [name for name in file.keys() if name.startswith("features.")]
@@ -190,7 +191,8 @@ def load_vgg16(path: str) -> dict:
     except (OSError, safetensors.SafetensorError, KeyError, ValueError) as error:
         reason = error.args[0] if isinstance(error, KeyError) else error
         raise errors.UserError(
-            f"config.model.perceptual_weights: {path}: {reason}; give torchvision's vgg16 as .safetensors, or \"\" for none"
+            f"config.model.perceptual_weights: {path}: {reason}; "
+            'give torchvision\'s vgg16 as .safetensors, or "" for none'
         ) from error
 
 
@@ -231,7 +233,7 @@ def count_codes(token_ids, num_codes: int, valid=None):
 
 
 def code_statistics(counts, xp=jnp):
-    """`codebook_usage`: fraction of the codes that occur; `perplexity`: exp of the entropy of their frequencies, 1..K."""
+    """`codebook_usage`: fraction of the codes that occur; `perplexity`: exp of their frequencies' entropy, 1..K."""
     share = counts / counts.sum()
     entropy = -(share * xp.log(xp.where(share > 0, share, 1))).sum()
     return {"codebook_usage": (counts > 0).mean(), "perplexity": xp.exp(entropy)}

@@ -1,0 +1,63 @@
+"""Trees of parameters: their names, what differs between two, their content hash."""
+
+import hashlib
+import re
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from addp_jax import errors
+
+
+def match(loaded, expected, *, where, allow_missing=(), allow_unexpected=()):
+    """`loaded` restricted to the names in `expected`; names allowed to be missing stay missing.
+
+    loaded, expected: nested dicts; leaves of `expected` need only a `.shape`. where: file or config
+    field for the message. allow_missing, allow_unexpected: regular expressions for the beginning
+    of a leaf's path ("head/"). Raises UserError listing names and shapes of whatever else differs.
+    """
+    found, wanted = named_leaves(loaded), named_leaves(expected)
+    missing, unexpected = wanted.keys() - found.keys(), found.keys() - wanted.keys()
+    allowed = {name for name in missing if any(re.match(pattern, name) for pattern in allow_missing)}
+    allowed |= {name for name in unexpected if any(re.match(pattern, name) for pattern in allow_unexpected)}
+    lines = differences(found, wanted, lambda leaf: list(leaf.shape), allowed)
+    if lines:
+        raise errors.UserError(f"{where}: parameters do not fit: {shortened(lines, 8)}")
+    kept = {name: leaf for name, leaf in found.items() if name in wanted}
+    return traverse_util.unflatten_dict(kept, sep="/")
+
+
+def content_hash(params):
+    """16 hex digits from the names, dtypes, shapes and bytes of a pytree, whatever its key order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, leaf in sorted(named_leaves(params).items()):
+        array = np.asarray(leaf)
+        digest.update(f"{name}\0{array.dtype}\0{array.shape}\0".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def named_leaves(tree):
+    """{path with slashes: leaf} of any pytree."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def differences(found, expected, describe, allowed=frozenset()):
+    """One line per leaf that is missing, unexpected, or that `describe` tells apart."""
+    lines = []
+    for name in sorted((found.keys() | expected.keys()) - allowed):
+        if name not in found:
+            lines.append(f"{name} {describe(expected[name])} is missing")
+        elif name not in expected:
+            lines.append(f"{name} {describe(found[name])} is not expected")
+        elif describe(found[name]) != describe(expected[name]):
+            lines.append(f"{name} is {describe(found[name])}, expected {describe(expected[name])}")
+    return lines
+
+
+def shortened(items, limit):
+    """The first `limit` items in one line, and how many more there are."""
+    rest = f"; and {len(items) - limit} more" if len(items) > limit else ""
+    return "; ".join(items[:limit]) + rest

@@ -1,0 +1,161 @@
+"""Train a small convolutional classifier: the judge of generated images (addp_jax/judge.py).
+
+A classifier that has seen only good images is sure of its answer on noise, too. So a share of each training batch is
+spoiled beyond recognition and has the uniform distribution as its target (outlier exposure, arXiv:1812.04606).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from einops import rearrange
+
+from addp_jax import errors, tasks, writers
+from addp_jax.data import pipeline
+from addp_jax.metrics import averages
+from addp_jax.models import convnet
+
+NUM_PICTURES = 32  # of the evaluation's grid
+BLUR = (0.06, 0.16)  # standard deviation of the blur that spoils an image, fraction of its side
+NOISE_SCALE = (0.005, 0.1)  # of the coloured noise that replaces an image, fraction of its side
+BLOCKS = 4  # along each side, for an image whose blocks are shuffled
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Fields of `config.model`."""
+
+    net: convnet.Config = convnet.Config()
+    label_smoothing: float = 0.05
+    noise: float = 0.08  # standard deviation of the pixel noise on training images, at most; drawn per image
+    outliers: float = 0.25  # share of the training images that are spoiled and belong to no class
+
+
+class Task:
+    """See `addp_jax.tasks`."""
+
+    def __init__(self, config: Config, dtype):
+        self.config = config
+        self.image_size = config.net.image_size
+        self.net = convnet.ConvNet(config.net, dtype)
+
+    def init(self, rng):
+        return {"convnet": convnet.init(self.net, rng)}
+
+    def load_frozen(self):
+        return {}
+
+    def loss(self, params, frozen, batch, rng, train: bool):
+        """Cross-entropy; `accuracy` is that of the images which were not spoiled."""
+        values, kept = self._per_example(params, batch, rng, train)
+        accuracy = (values["accuracy"] * kept).sum() / jnp.maximum(kept.sum(), 1)
+        return values["loss"].mean(), {"loss": values["loss"].mean(), "accuracy": accuracy}
+
+    def _per_example(self, params, batch, rng, train: bool):
+        """Loss, accuracy and top class with its probability, each [B], and `kept` bool [B]: not spoiled."""
+        config, num_classes = self.config, self.config.net.num_classes
+        image = batch["image"].astype(jnp.float32) / 255
+        target = optax.smooth_labels(jax.nn.one_hot(batch["label"], num_classes), config.label_smoothing)
+        kept = jnp.ones(len(image), bool)
+        if train:
+            noise_key, share_key, spoil_key = jax.random.split(rng, 3)
+            kept = jax.random.uniform(share_key, kept.shape) >= config.outliers
+            image = jnp.where(kept[:, None, None, None], add_noise(noise_key, image, config.noise), spoil(spoil_key, image))
+            target = jnp.where(kept[:, None], target, 1 / num_classes)
+        logits = self.net.apply({"params": params["convnet"]}, image)
+        top = logits.argmax(-1)
+        values = {
+            "loss": optax.softmax_cross_entropy(logits, target),
+            "accuracy": (top == batch["label"]).astype(jnp.float32),
+            "top": top,
+            "confidence": jax.nn.softmax(logits).max(-1),
+        }
+        return values, kept
+
+    def evaluate(self, params, frozen, batches):
+        """Loss, accuracy and mean probability of the top class; the first images with their predicted class number."""
+        predict = jax.jit(functools.partial(self._per_example, rng=None, train=False))
+        shown = {}
+
+        def each():
+            for batch in batches:
+                values, _ = jax.device_get(predict(params, {name: batch[name] for name in ("image", "label")}))
+                top = values.pop("top")
+                if not shown:
+                    captions = [f"{n} {p:.0%}" for n, p in zip(top, values["confidence"])][:NUM_PICTURES]
+                    shown["predictions"] = contact_sheet(captions, np.asarray(batch["image"])[:NUM_PICTURES])
+                yield values, batch["valid"]
+
+        return averages.mean_over(each()), shown
+
+    def transform(self, split: str, data: pipeline.Config):
+        """Also checks labels. Raises UserError if the data has more classes than the network."""
+        num_classes = self.config.net.num_classes
+        if split == "train":
+            found = len(pipeline.open_source(data, split, self.image_size).classes)
+            if found > num_classes:
+                raise errors.UserError(f"config.model.net.num_classes = {num_classes}, but the data has {found} classes")
+        return Labelled(tasks.image_transform(split, data, self.image_size), num_classes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """A transform that refuses labels outside 0..num_classes-1: not every source knows its classes beforehand."""
+
+    transform: pipeline.Transform
+    num_classes: int
+
+    def __call__(self, example: dict, rng: np.random.Generator) -> dict:
+        if not 0 <= example["label"] < self.num_classes:
+            where = example.get("path") or f"example {example.get('index', '?')}"
+            raise errors.UserError(
+                f"{where} has label {example['label']}; config.model.net.num_classes = {self.num_classes} allows "
+                f"0..{self.num_classes - 1}"
+            )
+        return self.transform(example, rng)
+
+
+def add_noise(rng, image, most: float):
+    """Gaussian noise on `image` [B,H,W,3], its standard deviation uniform in [0, most] for each image."""
+    scale_key, noise_key = jax.random.split(rng)
+    scale = jax.random.uniform(scale_key, (len(image), 1, 1, 1), maxval=most)
+    return image + scale * jax.random.normal(noise_key, image.shape)
+
+
+def spoil(rng, image):
+    """Each of `image` [B,H,W,3] heavily blurred, cut into shuffled blocks, or replaced by noise of some scale."""
+    kind_key, blur_key, shuffle_key, scale_key, noise_key = jax.random.split(rng, 5)
+    count, size = image.shape[:2]
+    blurred = blur(image, size * jax.random.uniform(blur_key, (count,), minval=BLUR[0], maxval=BLUR[1]))
+    scale = size * jax.random.uniform(scale_key, (count,), minval=NOISE_SCALE[0], maxval=NOISE_SCALE[1])
+    noise = blur(jax.random.normal(noise_key, image.shape), scale)
+    noise = jax.nn.sigmoid(2 * noise / noise.std((1, 2, 3), keepdims=True))
+    kind = jax.random.randint(kind_key, (count, 1, 1, 1), 0, 3)
+    return jnp.select([kind == 0, kind == 1], [blurred, shuffle_blocks(shuffle_key, image)], noise)
+
+
+def blur(image, sigma):
+    """Gaussian blur of `image` [B,S,S,3] with standard deviation `sigma` [B] in pixels."""
+    places = jnp.arange(image.shape[1])
+    distance = (places[:, None] - places[None]) ** 2
+    weights = jax.nn.softmax(-distance[None] / (2 * sigma[:, None, None] ** 2))
+    return jnp.einsum("bip,bjq,bpqc->bijc", weights, weights, image)
+
+
+def shuffle_blocks(rng, image):
+    """Each of `image` [B,S,S,3] cut into blocks, put together in random order."""
+    blocks = rearrange(image, "b (n h) (m w) c -> b (n m) h w c", n=BLOCKS, m=BLOCKS)
+    order = jnp.argsort(jax.random.uniform(rng, blocks.shape[:2]), axis=1)
+    blocks = jnp.take_along_axis(blocks, order[:, :, None, None, None], axis=1)
+    return rearrange(blocks, "b (n m) h w c -> b (n h) (m w) c", n=BLOCKS)
+
+
+def contact_sheet(captions: list[str], images: np.ndarray, columns: int = 8) -> np.ndarray:
+    """`images` [N,h,w,3] in rows, each above its caption: uint8 [H,W,3]."""
+    cells = writers.captioned(list(zip(captions, images))).reshape(len(images), writers.CAPTION_HEIGHT + images.shape[1], -1, 3)
+    return writers.grid(np.roll(cells, -writers.CAPTION_HEIGHT, axis=1), columns)

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Sets everything up and runs the tests. Arguments go to pytest: launch/test.sh -k sampling
+set -euo pipefail
+# shellcheck source=launch/setup.sh
+. "$(dirname "$0")/setup.sh"
+exec python -m pytest tests "$@"

@@ -1,0 +1,44 @@
+"""Means over padded batches."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from addp_jax.metrics import averages
+
+
+def batches(values: np.ndarray, size: int):
+    """`values` [N] and their squares in batches of `size`, the last one padded with what must not count."""
+    for first in range(0, len(values), size):
+        part = values[first : first + size]
+        padding = size - len(part)
+        padded = np.concatenate([part, np.full(padding, np.nan)])
+        yield {"value": jnp.asarray(padded), "square": padded**2}, np.arange(size) < len(part)
+
+
+def test_every_valid_example_counts_once_whatever_the_batches():
+    values = np.random.default_rng(0).normal(size=23).astype(np.float32)
+    for size in (1, 4, 23, 32):
+        means = averages.mean_over(batches(values, size))
+        np.testing.assert_allclose(means["value"], values.astype(np.float64).mean(), rtol=1e-12)
+        np.testing.assert_allclose(means["square"], (values.astype(np.float64) ** 2).mean(), rtol=1e-6)
+        assert all(type(mean) is float for mean in means.values())
+
+
+def test_a_batch_of_padding_alone_changes_nothing():
+    full = ({"value": np.array([1.0, 3.0])}, np.array([True, True]))
+    empty = ({"value": np.array([np.nan, 7.0])}, np.array([False, False]))
+    assert averages.mean_over([empty, full, empty]) == averages.mean_over([full]) == {"value": 2.0}
+
+
+def test_sums_are_exact_where_float32_is_not():
+    many = [({"value": np.full(1024, 0.1, np.float32)}, np.ones(1024, bool))] * 500
+    np.testing.assert_allclose(averages.mean_over(many)["value"], np.float64(np.float32(0.1)), rtol=1e-12)
+
+
+def test_booleans_average_to_shares():
+    assert averages.mean_over([({"right": np.array([True, False, True, True])}, np.ones(4, bool))]) == {"right": 0.75}
+
+
+def test_without_examples_there_is_no_mean():
+    assert averages.mean_over([]) == {}
+    assert averages.mean_over([({"value": np.array([1.0])}, np.array([False]))]) == {}

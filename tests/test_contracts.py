@@ -1,0 +1,148 @@
+"""Every shipped config, task and sampler keeps its contract; found by walking the folders."""
+
+import dataclasses
+import importlib
+
+import jax
+import numpy as np
+import programs
+import pytest
+
+from addp_jax import checkpoint, evaluate, generate, optim, schema, tasks, train
+
+REAL = [name for name in programs.names() if not name.startswith("demo")]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """Work directories of the tiny tokenizer and token predictor, trained once."""
+    root = tmp_path_factory.mktemp("trained")
+    train.train(programs.config("demo_tokenizer"), str(root / "tokenizer"))
+    weights = {"model__tokenizer_weights": str(root / "tokenizer")}
+    train.train(programs.config("demo_predictor", **weights), str(root / "predictor"))
+    return root
+
+
+def weights_for(name, trained) -> dict:
+    """The frozen-weight fields of a config, pointed at the trained runs."""
+    model = programs.fields(name).model
+    found = {"tokenizer_weights": "tokenizer", "predictor_weights": "predictor"}
+    return {f"model__{field}": str(trained / run) for field, run in found.items() if field in model}
+
+
+def leaves(path):
+    return jax.tree.leaves(checkpoint.load_params(path, ema=False)[0])
+
+
+@pytest.mark.parametrize("name", programs.names())
+def test_config_declares_every_field_of_its_dataclasses(name):
+    """What is not declared cannot be set on the command line."""
+    fields = programs.fields(name, "").to_dict()
+    built = schema.build(train.Config, fields)
+    task = tasks.create(built.task, built.model, np.float32)
+    generator = schema.build(generate.Config, built.generate, "config.generate")
+    assert declared(fields) == declared(dataclasses.asdict(built)), "run fields"
+    assert declared(fields["model"]) == declared(dataclasses.asdict(task.config)), "config.model"
+    assert declared(fields["generate"]) == declared(dataclasses.asdict(generator)), "config.generate"
+
+
+def declared(tree, prefix=""):
+    if not isinstance(tree, dict):
+        return {prefix}
+    return set().union(*(declared(value, f"{prefix}.{name}") for name, value in tree.items()))
+
+
+@pytest.mark.parametrize("name", programs.names())
+def test_config_states_what_it_trains(name):
+    text = (programs.ROOT / "configs" / f"{name}.py").read_text()
+    assert text.startswith('"""') and ("python -m addp_jax.main" in text or "launch/demo.sh" in text)
+
+
+@pytest.mark.parametrize("name", programs.names())
+def test_tiny_run_resumes_bit_exactly_and_evaluates(name, trained, tmp_path):
+    config = programs.config(name, **weights_for(name, trained))
+    train.train(config, str(tmp_path / "whole"))
+    log = (tmp_path / "whole" / "log.jsonl").read_text()
+    assert '"train/loss"' in log and '"eval/' in log
+    assert (tmp_path / "whole" / "curves.png").exists() and list((tmp_path / "whole" / "pictures").glob("*.png"))
+
+    interrupted = str(tmp_path / "parts")
+    stop_after(config, interrupted, 2)
+    assert checkpoint.load_params(interrupted, ema=False)[1]["step"] == 2
+    train.train(config, interrupted)
+    for one, other in zip(leaves(tmp_path / "whole"), leaves(interrupted), strict=True):
+        np.testing.assert_array_equal(one, other)
+    evaluate.evaluate(train.build(config, num_train=config.batch_size), interrupted)
+
+
+def stop_after(config, workdir, steps):
+    """Train as far as `steps`, as if SIGTERM had come then."""
+    original, done = train.Log.add, []
+
+    class Stopping(train.Interrupt):
+        @property
+        def requested(self):
+            return len(done) >= steps
+
+        @requested.setter
+        def requested(self, _):
+            pass
+
+    def count(self, step, metrics):
+        done.append(step)
+        original(self, step, metrics)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Interrupt", Stopping)
+        patch.setattr(train.Log, "add", count)
+        with pytest.raises(SystemExit) as stopped:
+            train.train(config, workdir)
+    assert stopped.value.code == 143
+
+
+@pytest.mark.parametrize("name", [name for name in programs.names() if "sampler" in programs.fields(name).model])
+def test_generation_writes_its_files_and_depends_on_the_seed_alone(name, trained, tmp_path):
+    config = programs.config(name, **weights_for(name, trained))
+    train.train(config, str(tmp_path / "run"))
+    program = train.build(config, num_train=config.batch_size)
+    found = {}
+    for label, batch_size, seed in (("a", 4, 0), ("b", 3, 0), ("c", 4, 1)):
+        settings = generate.Config(num_images=5, batch_size=batch_size, seed=seed, output=str(tmp_path / label), strips=2)
+        generate.generate(program, settings, str(tmp_path / "run"))
+        found[label] = np.load(tmp_path / label / "samples.npz")["arr_0"]
+        assert sorted(file.name for file in (tmp_path / label).iterdir()) == ["grid.png", "images", "samples.npz", "strip.png"]
+    assert found["a"].shape == (5, 16, 16, 3) and found["a"].dtype == np.uint8
+    # Another batch size may flip a token where two are level within float noise; not in most images.
+    assert (found["a"] == found["b"]).all(axis=(1, 2, 3)).mean() >= 0.8
+    assert not np.array_equal(found["a"], found["c"])
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_published_recipe(name):
+    """The learning rate and length that the config stands for, at ImageNet's 1,281,167 images."""
+    config = programs.config(name, "")
+    length = optim.length(
+        config.optim, epochs=config.epochs, steps=config.steps, num_train=1_281_167, batch_size=config.batch_size
+    )
+    peak = float(optim.schedule(config.optim, length, config.batch_size)(length.warmup))
+    expected = {
+        "tokenizer": (1e-4, 1_000_000), "predictor_vitb": (2.4e-3, 499_200), "predictor_vitl": (2.4e-3, 499_200),
+        "vitb": (1.6e-3, 499_200), "vitl": (1.6e-3, 249_600),
+    }  # fmt: skip
+    np.testing.assert_allclose((peak, length.total), expected[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (programs.ROOT / "addp_jax/samplers").glob("[a-z]*.py")))
+def test_sampler_keeps_its_contract(name):
+    module = importlib.import_module(f"addp_jax.samplers.{name}")
+    config = module.Config()
+    assert hash(config) == hash(module.Config()) and dataclasses.fields(config)
+    parts = module.segments(config, 16, 1.0)
+    steps = np.concatenate([at.step for _, at in parts])
+    assert np.all(np.diff(steps) == 1) and steps[-1] == config.steps - 1
+    assert callable(module.step)
+
+
+@pytest.mark.parametrize("name", tasks.names())
+def test_every_task_has_a_config(name):
+    assert name in {programs.fields(config).task for config in programs.names()}

@@ -1,0 +1,163 @@
+"""Who may import whom, which library is at home where, and how large files and functions may grow. Read from the source."""
+
+import ast
+import functools
+import pathlib
+import statistics
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+# A room imports from lower layers and from itself. Rooms of one layer do not know each other.
+LAYERS = (
+    {"main"},
+    {"generate", "benchmark", "plan", "judge"},
+    {"train"},
+    {"evaluate"},
+    {"tasks"},
+    {"interop"},
+    {"models", "samplers", "metrics", "data", "optim", "checkpoint", "writers"},
+    {"diffusion", "partition", "ops", "parameters", "schema"},
+    {"errors"},
+)
+# Library -> where alone it may be imported.
+HOMES = {
+    "orbax": ("addp_jax/checkpoint.py",),
+    "grain": ("addp_jax/data/",),
+    "tensorflow_datasets": ("addp_jax/data/",),
+    "array_record": ("addp_jax/data/",),
+    "cv2": ("addp_jax/data/",),
+    "flax.linen": ("addp_jax/models/",),
+    "flax.nnx": (),
+    "tensorboardX": ("addp_jax/writers.py",),
+    "clu": ("addp_jax/writers.py", "addp_jax/metrics/"),
+    "torch": ("addp_jax/interop/",),
+    "ml_collections": ("addp_jax/main.py", "configs/"),
+    "absl.flags": ("addp_jax/main.py",),
+    "jax.sharding": ("addp_jax/partition.py",),
+    "jax.experimental.mesh_utils": ("addp_jax/partition.py",),
+    "tensorflow": (),
+    "keras": (),
+    "torchvision": (),
+}
+IN_FUNCTIONS_ONLY = ("torch", "libtpu")
+FILE_LINES, FUNCTION_LINES = 400, 60
+
+
+@functools.cache
+def sources(folder: str) -> dict[str, str]:
+    return {str(path.relative_to(ROOT)): path.read_text() for path in sorted((ROOT / folder).rglob("*.py"))}
+
+
+@functools.cache
+def tree(path: str) -> ast.Module:
+    return ast.parse((ROOT / path).read_text())
+
+
+def names_imported(node) -> list[str]:
+    """`import a.b` and `from a.b import c` as a.b and a.b.c; a relative import begins with a dot."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return ["." * node.level + f"{node.module or ''}.{alias.name}" for alias in node.names]
+    return []
+
+
+def imports(path: str) -> list[str]:
+    """Everything a file imports, in functions too."""
+    return [name for node in ast.walk(tree(path)) for name in names_imported(node)]
+
+
+def imports_on_loading(path: str) -> list[str]:
+    """What is imported as soon as the file is: not in functions."""
+
+    def visit(node):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            return []
+        return names_imported(node) + [name for child in ast.iter_child_nodes(node) for name in visit(child)]
+
+    return visit(tree(path))
+
+
+def within(name: str, module: str) -> bool:
+    return name == module or name.startswith(module + ".")
+
+
+def functions(path: str):
+    """`(name, lines)` of every function and method."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node.name, node.end_lineno - node.lineno + 1
+
+
+PACKAGE, CONFIGS = list(sources("addp_jax")), list(sources("configs"))
+
+
+def room(path: str) -> str:
+    return path.split("/")[1].removesuffix(".py")
+
+
+def layer(name: str) -> int:
+    """0 is the highest; -1 for a room that has no layer yet."""
+    return next((number for number, rooms in enumerate(LAYERS) if name in rooms), -1)
+
+
+def test_every_room_has_its_layer():
+    assert not [path for path in PACKAGE if layer(room(path)) < 0 and path != "addp_jax/__init__.py"]
+
+
+def test_imports_point_downwards():
+    found = [(path, name) for path in PACKAGE for name in imports(path) if within(name, "addp_jax")]
+    pairs = {(path, name): (room(path), name.split(".")[1]) for path, name in found}
+    assert not [pair for pair, (one, other) in pairs.items() if one != other and layer(other) <= layer(one)]
+    assert len(pairs) > 50
+
+
+def test_imports_are_absolute():
+    assert not [(path, name) for path in PACKAGE + CONFIGS for name in imports(path) if name.startswith(".")]
+
+
+@pytest.mark.parametrize("library", HOMES)
+def test_libraries_stay_at_home(library):
+    paths = [path for path in PACKAGE + CONFIGS for name in imports(path) if within(name, library)]
+    assert not [path for path in paths if not path.startswith(HOMES[library])]
+
+
+def test_optional_libraries_are_imported_in_functions_only():
+    found = [(path, name) for path in PACKAGE for name in imports_on_loading(path)]
+    assert not [(path, name) for path, name in found for library in IN_FUNCTIONS_ONLY if within(name, library)]
+
+
+def test_diffusion_needs_jax_and_numpy_only():
+    modules = {name.split(".")[0] for name in imports("addp_jax/diffusion.py")}
+    assert modules - sys.stdlib_module_names == {"jax", "numpy"}
+
+
+def test_the_package_knows_no_config_file():
+    assert not [(path, name) for path in PACKAGE for name in imports(path) if within(name, "configs")]
+
+
+def test_config_files_import_each_other_and_ml_collections_only():
+    found = [(path, name) for path in CONFIGS for name in imports(path)]
+    assert not [(path, name) for path, name in found if name.split(".")[0] not in ("configs", "ml_collections")]
+
+
+def test_no_field_of_a_config_is_asked_for_with_a_default():
+    """`config.get("x", y)` hides misspelt fields."""
+    nodes = [(path, node) for path in PACKAGE for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+    owners = [(path, ast.unparse(node.func.value)) for path, node in nodes if getattr(node.func, "attr", "") == "get"]
+    assert not [(path, owner) for path, owner in owners if owner.split(".")[-1].endswith("config")]
+
+
+def test_files_and_functions_stay_small():
+    lines = {path: len(text.splitlines()) for path, text in (sources("addp_jax") | sources("configs")).items()}
+    assert not {path: count for path, count in lines.items() if count > FILE_LINES}
+    sizes = {(path, name): count for path in lines for name, count in functions(path)}
+    assert not {name: count for name, count in sizes.items() if count > FUNCTION_LINES}
+
+
+def test_median_function_length_is_reported(record_property):
+    lines = [size for path in PACKAGE for _, size in functions(path)]
+    record_property("median lines of a function", statistics.median(lines))
+    print(f"\n{len(lines)} functions, median {statistics.median(lines)} lines, longest {max(lines)}")

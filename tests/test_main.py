@@ -1,0 +1,156 @@
+"""The command line: every mistake is one line that names its cause, with a non-zero exit, and destroys nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import programs
+import pytest
+from PIL import Image
+
+from addp_jax import checkpoint
+
+TINY = "--config=configs/demo_tokenizer.py:tiny"
+FOLDER = ("--config.data.source=image_folder", "--config.data.num_train=0", "--config.data.num_eval=0")
+
+
+def start(*arguments, **settings):
+    command = [sys.executable, "-m", "addp_jax.main", *map(str, arguments)]
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
+    return subprocess.Popen(
+        command, cwd=programs.ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings
+    )
+
+
+def call(*arguments, **settings):
+    process = start(*arguments, **settings)
+    output, problems = process.communicate(timeout=300)
+    return process.returncode, output, problems
+
+
+def assert_refused(*arguments, names: tuple[str, ...], **settings):
+    """Exit status 2 and one line on stderr that holds all of `names`."""
+    status, _, problems = call(*arguments, **settings)
+    lines = [line for line in problems.splitlines() if line.strip()]
+    assert status == 2, problems
+    assert len(lines) == 1 and lines[0].startswith("error: "), problems
+    for name in names:
+        assert name in lines[0]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished tiny run."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    status, output, problems = call(TINY, f"--workdir={workdir}")
+    assert status == 0, problems
+    assert "step 4/4" in problems and "ETA" in problems  # the console says how far and how long
+    return workdir
+
+
+def test_the_config_is_missing():
+    assert_refused("--workdir=x", names=("--config",))
+
+
+def test_a_misspelt_field_is_named(tmp_path):
+    assert_refused(TINY, f"--workdir={tmp_path}", "--config.data.sorce=shapes", names=("sorce",))
+
+
+def test_a_missing_data_folder_is_named(tmp_path):
+    nowhere = tmp_path / "nowhere"
+    assert_refused(TINY, f"--workdir={tmp_path}", *FOLDER, f"--config.data.path={nowhere}", names=(str(nowhere), "config.data.path"))
+
+
+def test_an_empty_data_folder_is_named(tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert_refused(TINY, f"--workdir={tmp_path / 'run'}", *FOLDER, f"--config.data.path={empty}", names=(str(empty),))
+
+
+def write_images(folder, count, size=(40, 30)):
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for index in range(count):
+        Image.fromarray(rng.integers(0, 255, (*size[::-1], 3), np.uint8)).save(folder / f"{index}.jpg")
+
+
+def test_fewer_images_than_a_batch(tmp_path):
+    write_images(tmp_path / "data", 5)
+    assert_refused(
+        TINY, f"--workdir={tmp_path / 'run'}", *FOLDER, f"--config.data.path={tmp_path / 'data'}",
+        names=("config.batch_size", "lower"),
+    )  # fmt: skip
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path):
+    write_images(tmp_path / "data", 20)
+    (tmp_path / "data" / "broken.jpg").write_bytes(b"this is text")
+    status, _, problems = call(
+        TINY, f"--workdir={tmp_path / 'run'}", *FOLDER, f"--config.data.path={tmp_path / 'data'}", "--config.steps=20"
+    )
+    assert status == 2 and "broken.jpg" in problems.splitlines()[-1] and "Traceback" not in problems
+
+
+def test_missing_frozen_weights_say_which_field_and_what_to_train(tmp_path):
+    predictor = "--config=configs/demo_predictor.py:tiny"
+    assert_refused(predictor, f"--workdir={tmp_path}", names=("config.model.tokenizer_weights", "configs/demo_tokenizer.py"))
+    nowhere = tmp_path / "nowhere"
+    assert_refused(
+        predictor, f"--workdir={tmp_path}", f"--config.model.tokenizer_weights={nowhere}",
+        names=("config.model.tokenizer_weights", str(nowhere)),
+    )  # fmt: skip
+
+
+def test_a_work_directory_of_another_config_is_refused(finished):
+    before = sorted(path.stat().st_mtime_ns for path in (finished / "checkpoints").rglob("*"))
+    assert_refused(TINY, f"--workdir={finished}", "--config.optim.base_lr=0.5", names=("optim.base_lr", "--workdir"))
+    assert sorted(path.stat().st_mtime_ns for path in (finished / "checkpoints").rglob("*")) == before
+
+
+def test_an_unwritable_work_directory_is_named(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    assert_refused(TINY, f"--workdir={blocked / 'run'}", names=(str(blocked), "--workdir"))
+
+
+def test_a_finished_run_says_so(finished):
+    status, output, _ = call(TINY, f"--workdir={finished}")
+    assert status == 0 and "already trained to step 4 of 4" in output
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(finished):
+    newest = finished / "checkpoints" / "4"
+    largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    status, _, problems = call(TINY, f"--workdir={finished}")
+    assert status == 0 and "is damaged" in problems and "going on from step 2" in problems
+    assert (finished / "checkpoints" / "4").is_dir() and (finished / "checkpoints" / "4.damaged").is_dir()
+
+
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    status, _, problems = call(
+        TINY, f"--workdir={tmp_path}", "--config.optim.base_lr=1e38", "--config.optim.clip_norm=0.0",
+        "--config.steps=40", "--config.checkpoint.every=1", "--config.optim.warmup_steps=0",
+    )  # fmt: skip
+    last = problems.splitlines()[-1]
+    assert status == 2 and "loss" in last and "last good checkpoint" in last and "config.optim.base_lr" in last
+    params, _ = checkpoint.load_params(tmp_path, ema=False)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_sigterm_saves_and_stops(tmp_path):
+    process = start(TINY, f"--workdir={tmp_path}", "--config.steps=100000", "--config.checkpoint.every=100000", "--config.eval_every=100000")
+    log = tmp_path / "log.jsonl"
+    deadline = time.time() + 200
+    while not (log.exists() and log.read_text().count("\n") > 3) and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, problems = process.communicate(timeout=120)
+    assert process.returncode == 143 and "goes on from there" in output, problems
+    assert any(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir())

@@ -1,0 +1,244 @@
+"""Both samplers: what holds at every step, for every image, on any number of devices."""
+
+import functools
+import itertools
+import types
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import programs
+import pytest
+
+from addp_jax import diffusion, generate, partition, samplers, schema
+from addp_jax.models import pixel_to_token, tokenizer
+from addp_jax.samplers import alternating, token_only
+from addp_jax.tasks import addp
+
+ROUNDING = 1e-5
+LENGTH, CODES = 16, 8
+RUNS = {
+    "cosine": (alternating, alternating.Config(6), 1.0),
+    "linear": (alternating, alternating.Config(5, "linear"), 1.0),
+    "many steps": (alternating, alternating.Config(24), 1.0),
+    "one step": (alternating, alternating.Config(1), 1.0),
+    "constant noise, nucleus": (alternating, alternating.Config(4, annealed=False, top_p=0.5), 1.0),
+    "own image": (alternating, alternating.Config(4), 0.5),
+    "tokens": (token_only, token_only.Config(6), 1.0),
+    "tokens, linear": (token_only, token_only.Config(5, "linear"), 1.0),
+    "tokens, many steps": (token_only, token_only.Config(20), 1.0),
+    "tokens, one step": (token_only, token_only.Config(1), 1.0),
+    "tokens, own image": (token_only, token_only.Config(4), 0.5),
+}
+ALTERNATING, TOKEN_ONLY = ([name for name, run in RUNS.items() if run[0] is sampler] for sampler in (alternating, token_only))
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles in half the time
+
+
+def stand_ins() -> samplers.Nets:
+    """Cheap nets: logits from each image's known tokens and pixels, one pixel per token."""
+    rng = np.random.default_rng(0)
+    codebook, table = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((CODES, 3), (CODES, LENGTH * CODES)))
+
+    def predict(image, token_ids, mask, capacity):
+        known = jax.nn.one_hot(token_ids, CODES) * ~mask[..., None]
+        logits = (known.sum(1) @ table).reshape(-1, LENGTH, CODES)
+        return logits + (image.reshape(-1, LENGTH, 3) @ codebook.T if capacity else 0)
+
+    grid = lambda latents: latents.reshape(-1, 4, 4, 3)
+    return samplers.Nets(lambda image: jnp.argmax(image.reshape(-1, LENGTH, 3) @ codebook.T, -1), predict, grid, codebook)
+
+
+def images(count, size=4):
+    return jax.random.uniform(jax.random.key(7), (8, size, size, 3))[:count]
+
+
+class History(NamedTuple):
+    """A run of three images, step by step."""
+
+    image: np.ndarray  # after each step, [T,B,L,3]
+    masks: np.ndarray  # at the start and after each step, [T+1,B,L]
+    token_ids: np.ndarray  # the same
+    plan: list  # of each step: what is compiled in (the decoder's capacity), and its number
+
+
+@functools.cache
+def history(name) -> History:
+    sampler, config, mask_ratio = RUNS[name]
+    nets, keys = stand_ins(), jax.random.split(jax.random.key(5), 8)[:3]
+
+    def record(carry):
+        parts = (carry.image.reshape(3, LENGTH, 3), carry.mask[..., None], carry.token_ids[..., None])
+        return carry._replace(image=jnp.concatenate([part.astype(jnp.float32) for part in parts], -1))
+
+    def step(nets, config, static, carry, at, noise):
+        return record(sampler.step(nets, config, static, carry._replace(image=carry.image[..., :3]), at, noise))
+
+    @jit
+    def run(keys):
+        start = record(samplers.start(nets, keys, images(3), mask_ratio))
+        recorder = types.SimpleNamespace(segments=sampler.segments, step=step)
+        end, frames = samplers.sample(recorder, config, nets, keys, start, mask_ratio, keep_frames=True)
+        return start.image, frames, end.image
+
+    start, frames, end = (np.asarray(array) for array in run(keys))
+    np.testing.assert_array_equal(frames[-1], end)
+    tokens = np.concatenate([start[None], frames])[..., 3:].astype(int)
+    plan = [(static, int(number)) for static, at in sampler.segments(config, LENGTH, mask_ratio) for number in at.step]
+    return History(frames[..., :3], tokens[..., 0] > 0, tokens[..., 1], plan)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_known_tokens_never_change_and_are_never_masked_again(name):
+    _, masks, token_ids, _ = history(name)
+    for before, after in itertools.pairwise(range(len(masks))):
+        assert not (masks[after] & ~masks[before]).any()
+        known = ~masks[before]
+        np.testing.assert_array_equal(token_ids[after][known], token_ids[before][known])
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_start_hides_what_the_mask_ratio_says(name):
+    _, masks, token_ids, _ = history(name)
+    mask_ratio = RUNS[name][2]
+    assert (masks[0].sum(-1) == diffusion.start_num_masked(LENGTH, mask_ratio)).all()
+    if mask_ratio < 1:
+        np.testing.assert_array_equal(token_ids[0], stand_ins().encode(images(3)))
+        assert len(np.unique(masks[0], axis=0)) == 3  # each image its own
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_at_the_end_every_token_is_known_but_one_soft_one_of_the_alternating_sampler(name):
+    masks = history(name).masks
+    assert (masks[-1].sum(-1) == (1 if name in ALTERNATING else 0)).all()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_segments_cover_the_steps_in_order(name):
+    sampler, config, mask_ratio = RUNS[name]
+    plan = history(name).plan
+    numbers = [number for _, number in plan]
+    first = config.steps - len(numbers)
+    assert numbers == list(range(first, config.steps))
+    if name in ALTERNATING:  # the steps left out reveal nothing
+        after = diffusion.sampling_num_masked(config.schedule, config.steps, LENGTH, mask_ratio)
+        assert (after[:first] == LENGTH).all() and after[first] < LENGTH
+        assert len(sampler.segments(config, LENGTH, mask_ratio)) <= alternating.MAX_SEGMENTS
+    else:
+        assert first == 0
+
+
+@pytest.mark.parametrize("name", ALTERNATING)
+def test_capacity_holds_the_known_tokens_of_every_step_and_is_zero_where_there_are_none(name):
+    _, masks, _, plan = history(name)
+    known = (~masks).sum(-1)
+    for (capacity, _), before in zip(plan, known[:-1], strict=True):
+        assert capacity >= before.max() and (capacity == 0) == (before.max() == 0)
+
+
+@pytest.mark.parametrize("name", TOKEN_ONLY)
+def test_token_only_reveals_at_least_one_token_per_step_while_two_are_left(name):
+    counts = history(name).masks.sum(-1)
+    for before, after in itertools.pairwise(counts):
+        assert (after <= np.maximum(before - 1, 1)).all()
+
+
+def test_token_only_counts_are_mages():
+    after = token_only.num_masked_after(token_only.Config(20), 256)
+    mage = [255, 252, 248, 243, 236, 228, 218, 207, 194, 181, 166, 150, 133, 116, 97, 79, 59, 40, 20]
+    assert after.tolist() == mage + [0]  # the last one is revealed as well
+
+
+@pytest.mark.parametrize("name", ["cosine", "own image", "tokens", "tokens, own image"])
+def test_an_image_does_not_depend_on_the_batch_it_is_in_and_is_the_last_frame(name):
+    sampler, config, mask_ratio = RUNS[name]
+    nets, keys = stand_ins(), jax.random.split(jax.random.key(5), 8)[:5]
+
+    @jit
+    def run(keys, image):
+        start = samplers.start(nets, keys, image, mask_ratio)
+        return samplers.sample(sampler, config, nets, keys, start, mask_ratio)
+
+    (end, frames), three = run(keys, images(5)), history(name)
+    assert frames is None
+    np.testing.assert_array_equal(end.token_ids[:3], three.token_ids[-1])
+    np.testing.assert_allclose(end.image[:3].reshape(3, LENGTH, 3), three.image[-1], atol=ROUNDING)
+    assert len(np.unique(end.token_ids, axis=0)) == 5  # each key gives its own image
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_image_is_made_of_the_codes_of_the_known_tokens(name):
+    image, masks, token_ids, _ = history(name)
+    codes = np.asarray(stand_ins().codebook)[token_ids[-1]]
+    np.testing.assert_array_equal(image[-1][~masks[-1]], codes[~masks[-1]])
+    assert (np.abs(image[-1] - codes).max(-1) > 1e-3)[masks[-1]].all()
+
+
+def test_a_start_from_nothing_ignores_the_image():
+    nets, keys = stand_ins(), jax.random.split(jax.random.key(5), 3)
+    config = alternating.Config(4)
+
+    @jit
+    def run(image):
+        return samplers.sample(alternating, config, nets, keys, samplers.start(nets, keys, image, 1.0), 1.0)[0].image
+
+    np.testing.assert_array_equal(run(images(3)), run(1 - images(3)))
+
+
+def test_each_step_has_its_own_noise_and_so_has_each_image():
+    draw = jit(samplers.draw_noise, static_argnums=(2, 3))
+    keys = jax.random.split(jax.random.key(0), 2)
+    one, two = draw(keys, 0, LENGTH, CODES), draw(keys, 1, LENGTH, CODES)
+    for array in (np.concatenate([one.tokens, two.tokens]), np.concatenate([one.confidence, two.confidence])):
+        assert len(np.unique(array.reshape(4, -1), axis=0)) == 4
+    np.testing.assert_array_equal(draw(keys[1:], 1, LENGTH, CODES).tokens[0], two.tokens[1])
+
+
+def test_tokens_are_drawn_from_the_softmax_of_the_logits():
+    count = 2000
+    logits = jnp.asarray([2.0, 0.0, 1.0, -1.0])
+    nets = samplers.Nets(None, lambda *_: jnp.broadcast_to(logits, (count, 1, 4)), lambda latents: latents, jnp.eye(4))
+    start = samplers.Carry(jnp.zeros((count, 1, 4)), jnp.zeros((count, 1), jnp.int32), jnp.ones((count, 1), bool))
+    noise = jit(samplers.draw_noise, static_argnums=(2, 3))(jax.random.split(jax.random.key(0), count), 0, 1, 4)
+    end = jit(lambda noise: alternating.step(nets, alternating.Config(), 0, start, alternating.At(0, 1, 6.0), noise))(noise)
+    share = np.bincount(np.ravel(end.token_ids), minlength=4) / count
+    np.testing.assert_allclose(share, jax.nn.softmax(logits), atol=0.04)
+
+
+# --- with the real networks -----------------------------------------------------------------------
+
+
+@functools.cache
+def tiny():
+    """`(task, params, frozen)` of ADDP with a sampler of 3 steps, parameters of size 0.3."""
+    fields = programs.fields("demo_addp", model__sampler__steps=3).model.to_dict()
+    task = addp.Task(schema.build(addp.Config, fields, "config.model"), jnp.float32)
+    rng = np.random.default_rng(2)
+    inits = {"net": functools.partial(pixel_to_token.init, task.net), "tokenizer": functools.partial(tokenizer.init, task.tokenizer)}
+    params = {
+        name: jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), jax.eval_shape(init, jax.random.key(0)))
+        for name, init in inits.items()
+    }
+    return task, {"pixel_to_token": params["net"]}, {"tokenizer": params["tokenizer"]}
+
+
+def test_with_everything_masked_one_row_of_logits_serves_all_and_no_pixel_is_read():
+    task, params, frozen = tiny()
+    masked, token_ids = np.ones((3, LENGTH), bool), np.arange(3 * LENGTH).reshape(3, LENGTH) % 32
+    predict = jit(lambda nets_of, *case: task.nets(*nets_of).predict(*case), static_argnums=4)
+    shared, full = (predict((params, frozen), images(3, 16), token_ids, masked, capacity) for capacity in (0, 5))
+    np.testing.assert_allclose(shared, full, atol=ROUNDING)
+
+
+def test_eight_devices_make_the_images_of_one():
+    """Each device samples its own image; alone or side by side, it is the same image."""
+    task, params, frozen = tiny()
+    found = []
+    for count in (1, 8):
+        mesh = partition.make_mesh(partition.Config(), jax.devices()[:count])
+        keys = jax.random.key_data(jax.random.split(jax.random.key(3), 8))
+        with jax.set_mesh(mesh):
+            sample = jit(generate.make_sample(task, 1.0, mesh))
+            keys = jax.random.wrap_key_data(jax.device_put(np.asarray(keys), partition.batch_sharding(mesh)))
+            found.append(np.asarray(sample((params, frozen), (keys, np.zeros((8, 16, 16, 3), np.float32)))).astype(int))
+    assert np.abs(found[0] - found[1]).max() <= 1 and len(np.unique(found[0], axis=0)) == 8

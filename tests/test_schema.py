@@ -1,0 +1,113 @@
+"""From the user's fields to frozen dataclasses; every mistake names the field as the user types it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from ml_collections import ConfigDict
+
+from addp_jax import errors, schema
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    path: str
+    betas: tuple[float, ...] = (0.9, 0.95)
+    sizes: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    data: Inner
+    steps: int
+    lr: float = 1e-4
+    flip: bool = True
+    limit: int | None = None
+    model: Any = None
+
+
+GOOD = {"data": {"path": "x"}, "steps": 3}
+
+
+def build(**changes):
+    return schema.build(Outer, GOOD | changes)
+
+
+def message(**changes) -> str:
+    with pytest.raises(errors.UserError) as caught:
+        build(**changes)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_nested_fields_become_nested_dataclasses():
+    assert build(data={"path": "x", "sizes": (1, 2)}) == Outer(Inner("x", sizes=(1, 2)), 3)
+
+
+def test_a_config_dict_builds_what_its_plain_dict_builds():
+    fields = ConfigDict(GOOD | {"data": {"path": "x", "betas": (0.5, 0.6)}})
+    assert schema.build(Outer, fields.to_dict()) == build(data={"path": "x", "betas": (0.5, 0.6)})
+
+
+def test_a_ready_made_dataclass_is_taken_as_it_is():
+    inner = Inner("y")
+    assert build(data=inner).data is inner
+
+
+def test_any_takes_anything_unchanged():
+    model = {"width": [1, "a"]}
+    assert build(model=model).model is model
+
+
+def test_an_optional_field_takes_none_and_its_type_only():
+    assert build(limit=None).limit is None and build(limit=5).limit == 5
+    assert message(limit="5") == "config.limit: expected int, got '5'"
+
+
+def test_an_integer_becomes_a_float_where_a_float_is_wanted():
+    built = build(lr=1, data={"path": "x", "betas": (0, 1)})
+    assert type(built.lr) is float and [type(beta) for beta in built.data.betas] == [float, float]
+
+
+def test_unknown_fields_are_named_with_the_closest_known_one():
+    assert message(stepz=1) == "config.stepz: no such field; did you mean config.steps?"
+    assert message(data={"path": "x", "beta": ()}) == "config.data.beta: no such field; did you mean config.data.betas?"
+
+
+def test_unknown_fields_that_resemble_nothing_list_the_known_ones():
+    assert message(data={"path": "x", "qqq": 1}).endswith("config.data.qqq: no such field; the fields are path, betas, sizes")
+
+
+def test_missing_fields_are_named():
+    assert message(data={}) == "config.data.path: this field has no value"
+    with pytest.raises(errors.UserError, match="config.model.data: this field has no value"):
+        schema.build(Outer, {"steps": 1}, "config.model")
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"steps": 1.0}, "config.steps: expected int, got 1.0"),
+        ({"steps": "1"}, "config.steps: expected int, got '1'"),
+        ({"steps": None}, "config.steps: expected int, got None"),
+        ({"steps": True}, "config.steps: expected int, got True"),
+        ({"lr": True}, "config.lr: expected float, got True"),
+        ({"flip": 1}, "config.flip: expected bool, got 1"),
+        ({"data": {"path": 7}}, "config.data.path: expected str, got 7"),
+        ({"data": {"path": "x", "betas": (0.9, "b")}}, "config.data.betas[1]: expected float, got 'b'"),
+        ({"data": {"path": "x", "sizes": (1, 2.0)}}, "config.data.sizes[1]: expected int, got 2.0"),
+    ],
+)
+def test_values_of_a_wrong_type_are_named(changes, expected):
+    assert message(**changes) == expected
+
+
+@pytest.mark.parametrize("changes", [{"data": 3}, {"data": None}, {"data": "x"}, {"data": {"path": "x", "sizes": 3}}])
+def test_a_plain_value_in_place_of_a_group_or_tuple_is_named(changes):
+    assert "config.data" in message(**changes)
+
+
+def test_a_string_is_not_taken_for_a_tuple():
+    assert message(data={"path": "x", "sizes": "12"}).startswith("config.data.sizes: expected")
