@@ -181,7 +181,7 @@ def train(config: Config, workdir: str) -> None:
             batches.close()
             saver.close()
             log.close()
-    if interrupt.requested:
+    if interrupt.requested and int(state.step) < run.length.total:
         print(f"stopped by a signal at step {int(state.step)}; the same command goes on from there")
         raise SystemExit(128 + signal.SIGTERM)
 
@@ -228,10 +228,9 @@ class Log:
         watched = {name: values[name] for name in ("loss", "grad_norm", "param_norm")}
         if not all(map(math.isfinite, watched.values())):
             found = ", ".join(f"{name} {value}" for name, value in watched.items())
-            raise errors.UserError(
-                f"step {step}: {found}; stopped. The last good checkpoint in {self.workdir} is "
-                f"step {self.saver.newest()}; lower config.optim.base_lr"
-            )
+            newest = self.saver.newest()
+            last = "there is no checkpoint yet" if newest is None else f"the last good checkpoint is step {newest}"
+            raise errors.UserError(f"step {step}: {found}; stopped. In {self.workdir} {last}; lower config.optim.base_lr")
         self.window.append(values)
         self.progress.update(step, f"loss {values['loss']:.4f}")
         if step % self.every == 0:

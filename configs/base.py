@@ -36,7 +36,7 @@ def run(task: str, **model) -> ConfigDict:
             crop_scale=(0.2, 1.0),  # area of the random resized crop (release: main_pretrain.py)
             flip=True,  # horizontally, half of the images
             max_objects=1,  # shapes: objects per image
-            textures=True,  # shapes: patterned objects and backgrounds
+            plain=False,  # shapes: upright, one colour, on grey
             workers=0,  # processes that decode; 0 = threads only
             threads=16,  # that read, per process
             prefetch=4,  # batches held ready
@@ -102,7 +102,7 @@ SIZES = {  # width, depth, heads of the encoder (ViT-B/16, ViT-L/16)
 }
 
 
-def predictor(width, depth, heads, decoder_depth=8, decoder_heads=16, num_codes=1024, length=256, unused=UNUSED_ROWS, dropout=0.1):
+def predictor(width, depth, heads, decoder_depth=8, decoder_heads=16, num_codes=1024, length=256, unused=UNUSED_ROWS, dropout=0.1, token_std=0.02):
     """MAGE's network. Its class slot holds row 76 after the codes, id 1100 of 2025 in the released weights."""
     return dict(
         encoder=transformer(width, depth, heads, dropout),
@@ -111,10 +111,11 @@ def predictor(width, depth, heads, decoder_depth=8, decoder_heads=16, num_codes=
         vocab_size=num_codes + unused + MASK_TOKENS,  # V
         class_id=num_codes + min(76, unused - 1),  # in the class slot
         length=length,  # L, tokens of an image
+        token_std=token_std,  # of the initial token embedding, which also is the output matrix
     )
 
 
-def pixel_to_token(width, depth, heads, decoder_depth=8, decoder_heads=16, num_codes=1024, image_size=256, patch_size=16, unused=UNUSED_ROWS, dropout=0.1):
+def pixel_to_token(width, depth, heads, decoder_depth=8, decoder_heads=16, num_codes=1024, image_size=256, patch_size=16, unused=UNUSED_ROWS, dropout=0.1, token_std=0.02):
     """The ADDP network: a ViT encoder over pixels and a token decoder of the same width."""
     encoder = transformer(width, depth, heads, dropout) | dict(
         image_size=image_size,  # pixels
@@ -128,6 +129,7 @@ def pixel_to_token(width, depth, heads, decoder_depth=8, decoder_heads=16, num_c
         decoder=transformer(width, decoder_depth, decoder_heads, dropout),
         num_codes=num_codes,  # K
         vocab_size=num_codes + unused + MASK_TOKENS,  # V
+        token_std=token_std,  # of the initial token embedding, which also is the output matrix
     )
 
 

@@ -2,8 +2,9 @@
 
 from configs import base
 
-NUM_CODES, PATCH = 256, 8  # codes; pixels per token
-NET = dict(width=128, depth=4, heads=4, decoder_depth=2, decoder_heads=4, num_codes=NUM_CODES, unused=1, dropout=0.0)
+NUM_CODES, PATCH = 128, 8  # codes; pixels per token
+# The output matrix of the heads is not trained: in a short run it must start large enough for sure predictions.
+NET = dict(width=128, depth=4, heads=4, decoder_depth=2, decoder_heads=4, num_codes=NUM_CODES, unused=1, dropout=0.0, token_std=0.1)
 
 
 def image_size(arg):
@@ -28,7 +29,7 @@ def run(task, steps, batch_size, lr, **model):
     """Plain generated shapes, AdamW with a short warm-up. `lr` is the learning rate itself."""
     config = base.run(task, **model)
     config.update(batch_size=batch_size, steps=steps, log_every=20, eval_every=max(steps // 4, 1), eval_batches=8)
-    config.data.update(source="shapes", path="", textures=False, crop_scale=(1.0, 1.0), threads=1)
+    config.data.update(source="shapes", path="", plain=True, crop_scale=(1.0, 1.0), threads=1)
     config.optim.update(base_lr=lr * 256 / batch_size, warmup_steps=min(50, steps // 10), betas=(0.9, 0.98), clip_norm=1.0)
     config.checkpoint.update(every=200)
     return config

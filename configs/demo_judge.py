@@ -9,5 +9,5 @@ from configs import base, demo
 
 def get_config(arg=""):
     net = base.convnet(demo.image_size(arg), num_classes=8)
-    config = demo.run("convnet", 600, 32, 3e-3, **base.convnet_task(net))
+    config = demo.run("convnet", 400, 32, 3e-3, **base.convnet_task(net))
     return demo.sized(config, arg)

@@ -25,5 +25,4 @@ def fields(name: str, arg: str = "tiny", **changes):
 
 
 def config(name: str, arg: str = "tiny", **changes) -> train.Config:
-    changes = {"mesh__data": 1} | changes  # one device; the others stay idle
     return schema.build(train.Config, fields(name, arg, **changes).to_dict())

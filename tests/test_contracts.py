@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import programs
 import pytest
+from PIL import Image
 
 from addp_jax import checkpoint, evaluate, generate, optim, schema, tasks, train
 
@@ -146,3 +147,24 @@ def test_sampler_keeps_its_contract(name):
 @pytest.mark.parametrize("name", tasks.names())
 def test_every_task_has_a_config(name):
     assert name in {programs.fields(config).task for config in programs.names()}
+
+
+def test_the_chain_runs_on_a_folder_of_jpegs_of_mixed_sizes(tmp_path):
+    """From tokenizer to samples and to variations of the photographs themselves."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for index in range(20):
+        height, width = rng.integers(20, 90, 2)
+        mode, shape = ("L", (height, width)) if index % 5 == 0 else ("RGB", (height, width, 3))
+        Image.fromarray(rng.integers(0, 255, shape, np.uint8)).convert(mode).save(tmp_path / "photos" / f"{index}.jpg")
+    data = dict(
+        data__source="image_folder", data__path=str(tmp_path / "photos"), data__num_train=0, data__num_eval=0
+    )  # fmt: skip
+    weights = {}
+    for name, run in (("demo_tokenizer", "tokenizer"), ("demo_predictor", "predictor"), ("demo_addp", "addp")):
+        config = programs.config(name, **data, **weights)
+        train.train(config, str(tmp_path / run))
+        weights[f"model__{run}_weights"] = str(tmp_path / run)
+    settings = generate.Config(num_images=3, images=str(tmp_path / "photos"), mask_ratio=0.5, output=str(tmp_path / "out"))
+    generate.generate(train.build(config, num_train=config.batch_size), settings, str(tmp_path / "addp"))
+    assert np.load(tmp_path / "out" / "samples.npz")["arr_0"].shape == (3, 16, 16, 3)

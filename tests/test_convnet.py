@@ -86,7 +86,8 @@ def test_two_plain_classes_are_learned():
 def test_evaluation_counts_valid_examples_only():
     task, params = make()
     whole = batch(16)
-    right = whole | {"valid": np.asarray(task.net.apply({"params": params["convnet"]}, whole["image"] / 255.0)).argmax(-1) == whole["label"]}
+    logits = task.net.apply({"params": params["convnet"]}, whole["image"] / 255.0)
+    right = whole | {"valid": np.asarray(logits).argmax(-1) == whole["label"]}
     assert 0 < right["valid"].sum() < 16
     assert task.evaluate(params, {}, [right])[0]["accuracy"] == 1.0
     assert task.evaluate(params, {}, [])[0] == {}
@@ -103,7 +104,7 @@ def test_spoiled_images_have_no_class():
 
 def test_evaluation_looks_at_images_as_they_are():
     task, params = make(dataclasses.replace(CONFIG, outliers=1.0, noise=1.0))
-    values, kept = task._per_example(params, batch(), None, False)
+    values, kept = task._per_example(params, batch(), jax.random.key(0), False)
     logits = task.net.apply({"params": params["convnet"]}, batch()["image"] / np.float32(255))
     assert kept.all() and np.array_equal(values["top"], logits.argmax(-1))
 

@@ -80,7 +80,7 @@ def value_and_gradients(remat):
 @pytest.mark.parametrize("remat", ["none", "full", "dots"])
 def test_the_backward_pass_computes_again_where_asked(remat):
     loss, params = stack_loss(remat)
-    assert ("checkpoint" in str(jax.make_jaxpr(loss)(params))) == (remat != "none")
+    assert ("remat" in str(jax.make_jaxpr(loss)(params))) == (remat != "none")
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
@@ -223,6 +223,24 @@ def test_logits_do_not_depend_on_the_capacity_once_it_holds_the_known_tokens():
     everything = jnp.ones_like(mask)
     none, some = (decode(features, token_ids, everything, capacity) for capacity in (0, 12))
     np.testing.assert_allclose(none, some, atol=ROUNDING)
+
+
+def test_each_table_of_positions_serves_its_own_places():
+    params, _ = addp()
+    token_ids, mask = (array[1:2] for array in masked_case())  # 9 of 16 masked
+    features = random(1, 1 + LENGTH, 8)
+    names = ("pos_visible", "pos_masked", "pos_token")
+
+    def loss(tables):
+        logits = ADDP.apply({"params": params | tables}, features, token_ids, mask, 12, method="decode")
+        return (logits**2).sum()
+
+    gradients = jit(jax.grad(loss))({name: params[name] for name in names})
+    read = {name: np.abs(gradients[name]).max(-1) > 1e-6 for name in names}
+    known = ~np.asarray(mask[0])
+    np.testing.assert_array_equal(read["pos_visible"], [True, *known])  # the first is the class slot
+    np.testing.assert_array_equal(read["pos_masked"], [False, *~known])
+    np.testing.assert_array_equal(read["pos_token"], [False, *known])
 
 
 def test_the_encoder_clips_its_image():

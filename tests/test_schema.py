@@ -111,3 +111,15 @@ def test_a_plain_value_in_place_of_a_group_or_tuple_is_named(changes):
 
 def test_a_string_is_not_taken_for_a_tuple():
     assert message(data={"path": "x", "sizes": "12"}).startswith("config.data.sizes: expected")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    betas: tuple[float, float]
+
+
+@pytest.mark.parametrize("betas", [(), (0.9,), (0.9, 0.95, 0.99)])
+def test_a_tuple_of_fixed_length_has_that_length(betas):
+    assert schema.build(Pair, {"betas": (0.9, 1)}).betas == (0.9, 1.0)
+    with pytest.raises(errors.UserError, match=r"config.betas: expected 2 values, got \("):
+        schema.build(Pair, {"betas": betas})

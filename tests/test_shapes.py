@@ -119,12 +119,14 @@ def test_every_class_has_its_own_outline(label):
 def test_source_pickles_small_and_ends():
     source = shapes.Shapes(1000, 3, 32)
     assert len(pickle.dumps(source)) < 1000
-    assert repr(pickle.loads(pickle.dumps(source))) == repr(source) == "Shapes(1000, 3, 32, 1, True)"
+    assert repr(pickle.loads(pickle.dumps(source))) == repr(source) == "Shapes(1000, 3, 32, 1, False)"
     with pytest.raises(IndexError):
         source[1000]
 
 
-def test_without_textures_an_object_has_one_colour():
-    for example in map(shapes.Shapes(24, 0, 48, textures=False).__getitem__, range(24)):
+def test_plain_objects_have_one_colour_and_stand_on_grey():
+    for example in map(shapes.Shapes(24, 0, 48, plain=True).__getitem__, range(24)):
         inside = example["image"][example["masks"][0]].astype(int)
         assert np.median(np.abs(inside - np.median(inside, axis=0))) == 0
+        corner = example["image"][0, 0]
+        assert len(set(corner.tolist())) == 1

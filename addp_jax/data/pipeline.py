@@ -39,7 +39,7 @@ class Config:
       crop_scale: range of the random crop's area, fraction of the image.
       flip: mirror half of the training images.
       max_objects: objects per picture, shapes only.
-      textures: patterned objects and backgrounds, shapes only.
+      plain: the easiest pictures, shapes only.
       workers: worker processes; 0 = threads only.
       threads: reader threads in each process; 0 = none.
       prefetch: batches held ready in each process.
@@ -55,7 +55,7 @@ class Config:
     crop_scale: tuple[float, float] = (0.2, 1.0)
     flip: bool = True
     max_objects: int = 1
-    textures: bool = True
+    plain: bool = False
     workers: int = 0
     threads: int = 2
     prefetch: int = 4
@@ -84,7 +84,7 @@ def open_source(config: Config, split: str, image_size: int = 64):
     wanted = config.num_train if split == "train" else config.num_eval
     if config.source == "shapes":
         size = wanted or _SHAPES_SIZE[split]
-        return shapes.Shapes(size, _SHAPES_SEED[split], image_size, config.max_objects, config.textures)
+        return shapes.Shapes(size, _SHAPES_SEED[split], image_size, config.max_objects, config.plain)
     source = _open_files(config, split)
     if wanted > len(source):
         raise errors.UserError(f"config.data.num_{split} = {wanted}, but {source!r} has fewer; use 0 for all")

@@ -123,31 +123,31 @@ class Shapes:
       seed: another seed is another data set.
       image_size: side S in pixels.
       max_objects: objects per picture, at most.
-      textures: some objects and backgrounds have patterns or gradients; else all have one colour.
+      plain: the easiest pictures: one upright shape of one colour near the middle, on dark or light grey.
     """
 
     classes = CLASSES
 
-    def __init__(self, num_examples: int, seed: int, image_size: int, max_objects: int = 1, textures: bool = True):
+    def __init__(self, num_examples: int, seed: int, image_size: int, max_objects: int = 1, plain: bool = False):
         self.num_examples, self.seed = num_examples, seed
-        self.image_size, self.max_objects, self.textures = image_size, max_objects, textures
+        self.image_size, self.max_objects, self.plain = image_size, max_objects, plain
 
     def __len__(self) -> int:
         return self.num_examples
 
     def __repr__(self) -> str:
-        return f"Shapes({self.num_examples}, {self.seed}, {self.image_size}, {self.max_objects}, {self.textures})"
+        return f"Shapes({self.num_examples}, {self.seed}, {self.image_size}, {self.max_objects}, {self.plain})"
 
     def __getitem__(self, i: int) -> dict:
         if not 0 <= i < self.num_examples:
             raise IndexError(i)
         rng = np.random.default_rng((self.seed, int(i)))
         on_dark = rng.random() < 0.5
-        objects = _arrange(rng, int(i) % len(CLASSES), LIGHT if on_dark else DARK, self.max_objects)
-        canvas = _background(rng, self.image_size, on_dark, self.textures)
+        objects = _arrange(rng, int(i) % len(CLASSES), LIGHT if on_dark else DARK, self.max_objects, self.plain)
+        canvas = _background(rng, self.image_size, on_dark, self.plain)
         masks = np.zeros((self.max_objects, self.image_size, self.image_size), bool)
         for slot, thing in enumerate(objects):
-            _draw(canvas, masks, slot, thing, self.textures)
+            _draw(canvas, masks, slot, thing)
         return {
             "image": np.rint(np.clip(canvas, 0, 1) * 255).astype(np.uint8),
             "label": np.int32(objects[0].label),
@@ -158,9 +158,11 @@ class Shapes:
         }
 
 
-def _arrange(rng: np.random.Generator, label: int, palette: tuple, max_objects: int) -> list[_Object]:
+def _arrange(rng: np.random.Generator, label: int, palette: tuple, max_objects: int, plain: bool) -> list[_Object]:
     count = int(rng.integers(1, max_objects + 1))
-    if max_objects == 1:
+    if plain:
+        radii, spread = rng.uniform(0.6, 0.8, count) / 2, 0.4
+    elif max_objects == 1:
         radii, spread = rng.uniform(0.45, 0.8, 1) / 2, 0.5
     else:
         radii, spread = -np.sort(-rng.uniform(0.09, 0.24, count)), 1.0
@@ -175,10 +177,10 @@ def _arrange(rng: np.random.Generator, label: int, palette: tuple, max_objects: 
                 label=label if k == 0 else int(rng.integers(len(CLASSES))),
                 centre=_place(rng, radius, spread, objects),
                 radius=float(radius),
-                turn=float(rng.normal(0, 0.3)),
+                turn=0.0 if plain else float(rng.normal(0, 0.3)),
                 colour=colour,
                 second=colour + 0.38 * (tone - colour),
-                texture=str(rng.choice(_TEXTURES, p=_TEXTURE_ODDS)),
+                texture="plain" if plain else str(rng.choice(_TEXTURES, p=_TEXTURE_ODDS)),
             )
         )
     return objects
@@ -194,14 +196,16 @@ def _place(rng: np.random.Generator, radius: float, spread: float, others: list[
     return centre
 
 
-def _background(rng: np.random.Generator, size: int, dark: bool, textures: bool) -> np.ndarray:
+def _background(rng: np.random.Generator, size: int, dark: bool, plain: bool) -> np.ndarray:
     """Two muted shades of one hue, mixed plainly, by a gradient or by a soft pattern: [S,S,3] in 0..1."""
+    if plain:
+        return np.full((size, size, 3), 0.12 if dark else 0.93, np.float32)
     lightness = rng.uniform(0.13, 0.2) if dark else rng.uniform(0.84, 0.92)
     hue, step = rng.random(), 0.07
     first = np.array(colorsys.hls_to_rgb(hue, lightness - step, 0.35), np.float32)
     second = np.array(colorsys.hls_to_rgb(hue, lightness + step, 0.35), np.float32)
     angle, waves = rng.uniform(0, 2 * np.pi), rng.uniform(12, 22)
-    kind = rng.choice(("plain", "gradient", "stripes", "checker"), p=(0.3, 0.4, 0.15, 0.15) if textures else (1, 0, 0, 0))
+    kind = rng.choice(("plain", "gradient", "stripes", "checker"), p=(0.3, 0.4, 0.15, 0.15))
     y, x = np.ogrid[-0.5 : 0.5 : size * 1j, -0.5 : 0.5 : size * 1j]
     along = (np.cos(angle) * x + np.sin(angle) * y).astype(np.float32)
     if kind == "plain":
@@ -216,7 +220,7 @@ def _background(rng: np.random.Generator, size: int, dark: bool, textures: bool)
     return first + share[:, :, None] * (second - first)
 
 
-def _draw(canvas: np.ndarray, masks: np.ndarray, slot: int, thing: _Object, textures: bool):
+def _draw(canvas: np.ndarray, masks: np.ndarray, slot: int, thing: _Object):
     """Paints one object over the canvas [S,S,3] and the masks [N,S,S], in place."""
     size = len(canvas)
     low = np.maximum(np.floor((thing.centre - 1.3 * thing.radius) * size).astype(int), 0)
@@ -228,7 +232,7 @@ def _draw(canvas: np.ndarray, masks: np.ndarray, slot: int, thing: _Object, text
     u, v = np.float32(cos) * x + np.float32(sin) * y, np.float32(cos) * y - np.float32(sin) * x
     cover = np.clip(0.5 - _distance(CLASSES[thing.label], u, v) * (thing.radius * size), 0, 1)
     paint = thing.colour
-    if textures and thing.texture != "plain":
+    if thing.texture != "plain":
         paint = paint + _texture(thing.texture, u, v)[:, :, None] * (thing.second - paint)
     canvas[window] += cover[:, :, None] * (paint - canvas[window])
     masks[(slice(None), *window)] &= cover < 0.5

@@ -118,6 +118,17 @@ class ImageFolder(Files):
         super().__init__(folder, paths, labels, tuple(classes))
 
 
+def open_folder(root: str) -> Files:
+    """Every image below `root`, in sorted order, all with label 0: a person's own pictures.
+
+    Raises UserError: no such folder, or no images in it.
+    """
+    paths = _images(root) if os.path.isdir(root) else []
+    if not paths:
+        raise errors.UserError(f"config.generate.images: no images (jpg, jpeg, png, webp, bmp) in {root!r}")
+    return Files(root, paths, [0] * len(paths), ())
+
+
 def _unreadable(error: OSError):
     raise errors.UserError(f"config.data.path: cannot read {error.filename!r}: {error.strerror}") from error
 

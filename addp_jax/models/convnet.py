@@ -15,7 +15,7 @@ GROUP_NORM_EPS = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Each entry of `multipliers` is a resolution level; between levels the image shrinks by 2 (an odd last row is dropped)."""
+    """Each entry of `multipliers` is a resolution level; between them the image shrinks by 2, odd rows dropped."""
 
     image_size: int = 64  # pixels
     patch_size: int = 2  # pixels that the first convolution reads as one
@@ -34,7 +34,8 @@ class Config:
         for multiplier in self.multipliers:
             if self.channels * multiplier % self.num_groups:
                 raise errors.UserError(
-                    f"config.model.net.num_groups = {self.num_groups} does not divide {self.channels} x {multiplier} channels"
+                    f"config.model.net.num_groups = {self.num_groups} does not divide "
+                    f"{self.channels} x {multiplier} channels"
                 )
 
 

@@ -18,6 +18,7 @@ class Config:
     decoder: layers.TransformerConfig = layers.TransformerConfig(depth=8, heads=16)
     num_codes: int = 1024  # K
     vocab_size: int = 2025  # V: codes, 1000 rows that are never a target, mask token
+    token_std: float = 0.02  # of the initial token embedding, which also is the (untrained) output matrix
 
     @property
     def length(self) -> int:
@@ -36,7 +37,8 @@ class PixelToToken(nn.Module):
         self.encoder = vit.VisionTransformer(config.encoder, self.dtype)
         self.decoder_embed = layers.dense(width, None, self.dtype)
         self.mask_token = self.param("mask_token", layers.EMBEDDING_INIT, (width,))
-        self.token_embed = self.param("token_embed", layers.EMBEDDING_INIT, (config.vocab_size, width))
+        token_init = nn.initializers.normal(config.token_std)
+        self.token_embed = self.param("token_embed", token_init, (config.vocab_size, width))
         self.pos_visible = self.param("pos_visible", layers.EMBEDDING_INIT, positions)  # class slot, grid slots
         self.pos_masked = self.param("pos_masked", layers.EMBEDDING_INIT, positions)
         self.pos_token = self.param("pos_token", layers.EMBEDDING_INIT, positions)  # known tokens

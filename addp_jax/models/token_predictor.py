@@ -20,6 +20,7 @@ class Config:
     vocab_size: int = 2025  # V
     class_id: int = 1100  # id in the class slot
     length: int = 256  # L
+    token_std: float = 0.02  # of the initial token embedding, which also is the (untrained) output matrix
 
 
 class TokenPredictor(nn.Module):
@@ -32,7 +33,7 @@ class TokenPredictor(nn.Module):
         config = self.config
         positions = 1 + config.length
         self.token_embed = self.param(
-            "token_embed", layers.EMBEDDING_INIT, (config.vocab_size, config.encoder.width)
+            "token_embed", nn.initializers.normal(config.token_std), (config.vocab_size, config.encoder.width)
         )
         self.pos_embed = self.param("pos_embed", layers.EMBEDDING_INIT, (positions, config.encoder.width))
         self.embed_norm = layers.layer_norm(dtype=self.dtype)

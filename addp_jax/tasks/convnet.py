@@ -157,5 +157,6 @@ def shuffle_blocks(rng, image):
 
 def contact_sheet(captions: list[str], images: np.ndarray, columns: int = 8) -> np.ndarray:
     """`images` [N,h,w,3] in rows, each above its caption: uint8 [H,W,3]."""
-    cells = writers.captioned(list(zip(captions, images))).reshape(len(images), writers.CAPTION_HEIGHT + images.shape[1], -1, 3)
+    column = writers.captioned(list(zip(captions, images)))  # captions above
+    cells = column.reshape(len(images), -1, *column.shape[1:])
     return writers.grid(np.roll(cells, -writers.CAPTION_HEIGHT, axis=1), columns)
