@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from addp_jax import errors
+
 GRID_POINTS = 100  # the cosine grid of the training schedule has points i = 0..100
 
 
@@ -66,10 +68,10 @@ def rank(scores: jax.Array) -> jax.Array:
 def draw_nested_masks(key: jax.Array, schedule: MaskSchedule, batch: int, length: int):
     """Draw `(mask_t, mask_s)`, bool `[B,L]`, with mask_s inside mask_t: one noise, two counts.
 
-    Raises ValueError when `schedule.group` does not divide the batch.
+    Raises UserError when `schedule.group` does not divide the batch.
     """
     if batch % schedule.group:
-        raise ValueError(f"mask ratio group {schedule.group} does not divide the batch of {batch}")
+        raise errors.UserError(f"config.model.masks.group: {schedule.group} does not divide a batch of {batch}")
     index_key, jump_key, noise_key = jax.random.split(key, 3)
     _, probs = mask_ratio_grid(schedule)
     counts = jnp.asarray(grid_num_masked(schedule, length))
@@ -114,14 +116,14 @@ def soft_cross_entropy(target: jax.Array, logits: jax.Array, mask: jax.Array, la
     """
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     codes = target.shape[-1]
-    hit = jnp.einsum("blk,blk->bl", target, log_probs[..., :codes])
+    hit = (target * log_probs[..., :codes]).sum(-1)
     loss = -(1 - label_smoothing) * hit - label_smoothing * log_probs.mean(-1)
     return (loss * mask).sum(-1) / mask.sum(-1)
 
 
 # --- sampling -------------------------------------------------------------------------------------
 
-SCHEDULES = {
+SCHEDULES = {  # fraction of the tokens still masked, given the fraction of the steps done
     "cosine": lambda done: math.cos(math.pi / 2.0 * done),
     "linear": lambda done: 1.0 - done,
 }

@@ -26,14 +26,21 @@ class Config:
     mask_ratio: float = 1.0  # tokens of an own image that are hidden and drawn anew
     strips: int = 4  # film strips of the denoising steps
 
+    def __post_init__(self):
+        for name in ("num_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise errors.UserError(f"config.generate.{name}: {getattr(self, name)}; use at least 1")
+        if not 0 < self.mask_ratio <= 1:
+            raise errors.UserError(f"config.generate.mask_ratio: {self.mask_ratio}; use a fraction above 0, at most 1")
+        if self.images == "" and self.mask_ratio != 1.0:
+            raise errors.UserError("config.generate.mask_ratio below 1 needs config.generate.images, a folder to start from")
+
 
 def generate(program, config: Config, workdir: str) -> None:
     """Write `<output>/images/000000.png` and so on, `samples.npz`, `grid.png` and `strip.png`."""
     task = program.task
     if not hasattr(task, "nets"):
         raise errors.UserError(f"config.task: {program.config.task} draws no images; generate with addp or token_predictor")
-    if config.images == "" and config.mask_ratio != 1.0:
-        raise errors.UserError("config.generate.mask_ratio below 1 needs config.generate.images, a folder to start from")
     output = config.output or os.path.join(workdir, "generated")
     os.makedirs(os.path.join(output, "images"), exist_ok=True)
     with jax.set_mesh(program.mesh):
@@ -92,7 +99,7 @@ def to_uint8(image: jax.Array) -> jax.Array:
 
 
 def film_strips(task, params, frozen, starts: Starts, config: Config):
-    """uint8 `[n,T+1,H,W,3]`: the start and the image after each step, for the first `strips` images; None for none."""
+    """uint8 `[n,1+T,H,W,3]`: the start and the image after each step that was run, for the first `strips` images; None for none."""
     count = min(config.strips, len(starts))
     if not count:
         return None

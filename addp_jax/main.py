@@ -12,6 +12,7 @@ from addp_jax import errors
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; any field can be set: --config.batch_size=64")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: checkpoints, logs, pictures")
+NOMINAL_STEPS = 1000  # of an epoch, where nothing is trained and the training split is not opened
 MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "generate", "benchmark"], "What to do")
 
 
@@ -40,7 +41,7 @@ def run() -> None:
     if MODE.value == "train":
         print(CONFIG.value)
         return train.train(config, WORKDIR.value)
-    program = train.build(config, num_train=config.batch_size)
+    program = train.build(config, num_train=config.batch_size * NOMINAL_STEPS)
     if MODE.value == "evaluate":
         return evaluate.evaluate(program, WORKDIR.value)
     return generate.generate(program, schema.build(generate.Config, config.generate, "config.generate"), WORKDIR.value)

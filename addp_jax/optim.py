@@ -23,12 +23,17 @@ class Config:
     min_lr: float = 0.0
     warmup_epochs: float = 40.0  # or warmup_steps, where config.epochs is 0
     warmup_steps: int = 0
-    betas: tuple[float, ...] = (0.9, 0.95)
+    betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.05
     clip_norm: float = 3.0  # global gradient norm; 0 = no clipping
     accumulate: int = 1  # micro-batches per optimizer step
     ema_decay: float = 0.0  # of the parameter average; 0 = none
+
+    def __post_init__(self):
+        for name, least in (("base_lr", 1e-30), ("accumulate", 1), ("clip_norm", 0), ("warmup_steps", 0)):
+            if getattr(self, name) < least:
+                raise errors.UserError(f"config.optim.{name}: {getattr(self, name)} is too small")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,8 @@ def build(cls, fields: Mapping, where: str = "config"):
     Raises UserError naming the field as the user types it (`config.data.path`) when a field is
     unknown, missing or of the wrong type.
     """
+    if not isinstance(fields, Mapping):
+        raise errors.UserError(f"{where}: expected a group of fields, got {fields!r}")
     known = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for name in fields:
@@ -41,8 +43,14 @@ def convert(kind, value, where: str):
     if dataclasses.is_dataclass(kind):
         return value if isinstance(value, kind) else build(kind, value, where)
     if typing.get_origin(kind) is tuple:
-        item = typing.get_args(kind)[0]
-        return tuple(convert(item, entry, f"{where}[{i}]") for i, entry in enumerate(value))
+        if not isinstance(value, (tuple, list)):
+            raise errors.UserError(f"{where}: expected a tuple, got {value!r}")
+        items = typing.get_args(kind)
+        if items[-1] is Ellipsis:
+            items = items[:1] * len(value)
+        if len(items) != len(value):
+            raise errors.UserError(f"{where}: expected {len(items)} values, got {value!r}")
+        return tuple(convert(item, entry, f"{where}[{i}]") for i, (item, entry) in enumerate(zip(items, value)))
     if kind is float and type(value) is int:
         return float(value)
     if kind is not typing.Any and type(value) is not kind:

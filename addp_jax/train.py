@@ -42,6 +42,19 @@ class Config:
     FREE_MODEL = ("sampler", "num_samples")  # and the paths of weights: their content counts
 
 
+def check(config: Config, mesh) -> None:
+    """Raises UserError for a batch that cannot be split over devices and micro-batches, and for empty intervals."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.batch_size < 1 or config.batch_size % (devices * config.optim.accumulate):
+        raise errors.UserError(
+            f"config.batch_size: {config.batch_size} is not a multiple of {devices} devices (config.mesh data x fsdp) "
+            f"times {config.optim.accumulate} micro-batches (config.optim.accumulate)"
+        )
+    for name in ("log_every", "eval_every"):
+        if getattr(config, name) < 1:
+            raise errors.UserError(f"config.{name}: {getattr(config, name)} steps; use at least 1")
+
+
 class TrainState(flax.struct.PyTreeNode):
     """Everything a checkpoint holds."""
 
@@ -136,6 +149,7 @@ def build(config: Config, num_train: int = 0, mesh=None) -> Run:
       mesh: default: all devices, as `config.mesh` says.
     """
     mesh = mesh or partition.make_mesh(config.mesh)
+    check(config, mesh)
     task = tasks.create(config.task, config.model, partition.compute_dtype(config.dtype, mesh))
     source = None if num_train else pipeline.open_source(config.data, "train", task.image_size)
     num_train = num_train or len(source)

@@ -56,7 +56,7 @@ def test_visible_masks_never_overlap():
 
 def test_two_objects_overlap_in_part_at_most():
     rng = np.random.default_rng(0)
-    pairs = [pair for pair in (shapes._arrange(rng, 0, shapes.LIGHT, 2) for _ in range(300)) if len(pair) == 2]
+    pairs = [pair for pair in (shapes._arrange(rng, 0, shapes.LIGHT, 2, False) for _ in range(300)) if len(pair) == 2]
     gaps = [np.hypot(*(a.centre - b.centre)) / (a.radius + b.radius) for a, b in pairs]
     assert np.quantile(gaps, 0.02) > 0.75 and min(gaps) < 0.9
 

@@ -183,6 +183,8 @@ def from_torch(tensors: dict[str, np.ndarray], rules: list[Rule], dead: tuple[st
         used.update(names)
         parts = [rule.transform.to_jax(np.asarray(tensors[name])) for name in names]
         for path, arrays in zip(rule.ours, zip(*parts)):
+            if len({array.shape for array in arrays}) > 1:
+                raise errors.UserError(f"the weights' {rule.torch} have different shapes: {sorted({a.shape for a in arrays})}")
             stacked = np.stack(arrays) if "{i}" in rule.torch else arrays[0]
             set_path(params, path, np.ascontiguousarray(stacked))
     unknown = sorted(set(tensors) - used)
@@ -206,11 +208,11 @@ def to_torch(params: dict, rules: list[Rule]) -> dict[str, np.ndarray]:
 
 
 def layer_names(template: str, tensors) -> list[str]:
-    """The names a template stands for; `{i}` runs from 0 to the highest layer present."""
+    """The names a template stands for; `{i}` runs from 0 to the highest layer of the stack that has any tensor."""
     if "{i}" not in template:
         return [template]
-    pattern = re.compile(re.escape(template).replace(re.escape("{i}"), r"(\d+)"))
-    layers = [int(match[1]) for match in map(pattern.fullmatch, tensors) if match]
+    pattern = re.compile(re.escape(template.split("{i}")[0]) + r"(\d+)\.")
+    layers = [int(match[1]) for match in map(pattern.match, tensors) if match]
     return [template.replace("{i}", str(i)) for i in range(max(layers, default=-1) + 1)]
 
 

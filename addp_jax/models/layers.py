@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from addp_jax import partition
+from addp_jax import errors, partition
 
 LAYER_NORM_EPS = 1e-6
 HEAD_NORM_EPS = 1e-5  # the release's token heads use torch's default here
@@ -27,6 +27,12 @@ class TransformerConfig:
     dropout: float = 0.1  # after attention weights, attention output and both MLP layers
     drop_path: float = 0.0  # of the last block; grows linearly from 0 at the first
     remat: str = "none"  # none | full | dots (save matmul outputs only); what is kept for the backward pass
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise errors.UserError(f"config.model: heads={self.heads} does not divide width={self.width}")
+        if self.remat not in ("none", *REMAT_POLICIES):
+            raise errors.UserError(f"config.model: remat={self.remat!r}; use none, {' or '.join(REMAT_POLICIES)}")
 
 
 def layer_norm(name: str | None = None, eps: float = LAYER_NORM_EPS, dtype=None) -> nn.LayerNorm:

@@ -17,7 +17,7 @@ from typing import Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from addp_jax import diffusion
+from addp_jax import diffusion, errors
 
 
 class Nets(NamedTuple):
@@ -44,6 +44,14 @@ class Carry(NamedTuple):
     mask: jax.Array  # bool [B,L], True = still unknown
 
 
+def check_schedule(schedule: str, steps: int) -> None:
+    """Raises UserError unless `diffusion` knows the schedule and there is a step."""
+    if schedule not in diffusion.SCHEDULES:
+        raise errors.UserError(f"config.model.sampler.schedule: {schedule!r}; use {' or '.join(diffusion.SCHEDULES)}")
+    if steps < 1:
+        raise errors.UserError(f"config.model.sampler.steps: {steps}; use at least 1")
+
+
 def draw_noise(keys: jax.Array, at_step: jax.Array, length: int, num_codes: int) -> Noise:
     """Each image's own noise for this step: a function of its key and the step's number alone."""
 
@@ -61,7 +69,7 @@ def sample(sampler, config, nets: Nets, keys, carry: Carry, mask_ratio: float, k
       sampler: a sampler module.
       keys: typed PRNG keys `[B]`.
       carry: the start; each row of its mask has `diffusion.start_num_masked(L, mask_ratio)` True entries.
-      keep_frames: also return the image after each step, `[T,B,H,W,3]`, else None.
+      keep_frames: also return the image after each step that was run, `[<=T,B,H,W,3]`, else None.
     """
     length, num_codes = carry.mask.shape[1], nets.codebook.shape[0]
     frames = []
@@ -86,15 +94,18 @@ def start(nets: Nets, keys, image, mask_ratio: float) -> Carry:
     return Carry(image, token_ids, diffusion.draw_masks(mask_keys, shape[1], num_masked))
 
 
-def unconditional(task, params, frozen, key, count: int):
-    """`count` samples [N,H,W,3], clipped to [0,1], from a task that has `nets`, `sampler` and `sampler_config`."""
+def unconditional(task, count: int):
+    """Jitted `(params, frozen, key) -> [N,H,W,3]`: `count` samples, clipped to [0,1]. Make it once: it is compiled once.
+
+    `task` has `nets`, `sampler` and `sampler_config`.
+    """
 
     @jax.jit
-    def run(params, frozen, keys):
-        nets = task.nets(params, frozen)
+    def run(params, frozen, key):
+        nets, keys = task.nets(params, frozen), jax.random.split(key, count)
         size = task.config.tokenizer.image_size
         carry = start(nets, keys, jnp.zeros((count, size, size, 3)), 1.0)
         carry, _ = sample(task.sampler, task.sampler_config, nets, keys, carry, 1.0)
         return jnp.clip(carry.image, 0, 1)
 
-    return run(params, frozen, jax.random.split(key, count))
+    return run

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from addp_jax import diffusion
+from addp_jax import diffusion, samplers
 from addp_jax.samplers import Carry, Nets, Noise
 
 MAX_SEGMENTS = 4  # the scan is cut where a smaller decoder capacity suffices; each cut is one more compilation
@@ -27,6 +27,9 @@ class Config:
     temperature: float = 6.0  # of the noise on the confidence
     annealed: bool = True  # temperature falls linearly to 0 (the release's "dynamic"); else constant
     top_p: float = 1.0  # nucleus of the token draw; 1 = all codes
+
+    def __post_init__(self):
+        samplers.check_schedule(self.schedule, self.steps)
 
 
 class At(NamedTuple):

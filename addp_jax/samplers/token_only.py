@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from addp_jax import diffusion
+from addp_jax import diffusion, samplers
 from addp_jax.samplers import Carry, Nets, Noise
 
 
@@ -19,6 +19,9 @@ class Config:
     steps: int = 20  # T
     schedule: str = "cosine"
     temperature: float = 6.0  # of the noise on the confidence, annealed linearly to 0
+
+    def __post_init__(self):
+        samplers.check_schedule(self.schedule, self.steps)
 
 
 class At(NamedTuple):

@@ -43,10 +43,15 @@ class Task:
         self.predictor = token_predictor.TokenPredictor(config.predictor, dtype)
         self.tokenizer = tokenizer.Tokenizer(config.tokenizer, dtype)
         self.sampler, self.sampler_config = alternating, config.sampler
+        # Made here so that the second evaluation compiles nothing.
+        self._values = jax.jit(functools.partial(self._per_example, train=False))
+        self._samples = samplers.unconditional(self, config.num_samples)
         # Static room for known tokens: the cleanest mask of the schedule leaves the most.
         self.capacity = config.net.length - int(diffusion.grid_num_masked(config.masks, config.net.length).min())
         tokenizer.check_pair(config.tokenizer, config.net.length, config.net.num_codes, "config.model.net")
         tokenizer.check_pair(config.tokenizer, config.predictor.length, config.predictor.num_codes, "config.model.predictor")
+        if config.masks.max_jump < 1:
+            raise errors.UserError(f"config.model.masks.max_jump: {config.masks.max_jump}; use at least 1")
         if config.net.encoder.image_size != config.tokenizer.image_size:
             raise errors.UserError("config.model.net.encoder.image_size differs from config.model.tokenizer.image_size")
 
@@ -101,18 +106,17 @@ class Task:
 
     def evaluate(self, params, frozen, batches):
         """Loss over `batches`; pictures of original, corrupted and predicted images, and samples."""
-        values = jax.jit(functools.partial(self._per_example, train=False))
         key, shown = jax.random.key(0), []
 
         def losses():
             for index, batch in enumerate(batches):
-                loss, pictures = values(params, frozen, batch, jax.random.fold_in(key, index))
+                loss, pictures = self._values(params, frozen, batch, jax.random.fold_in(key, index))
                 if index == 0:
                     shown.append(pictures)
                 yield {"loss": loss}, batch["valid"]
 
         scalars = averages.mean_over(losses())
-        samples = samplers.unconditional(self, params, frozen, key, self.config.num_samples)
+        samples = self._samples(params, frozen, key)
         images = {"samples": writers.grid(samples, columns=math.isqrt(self.config.num_samples))}
         if shown:
             images["denoising"] = self._denoising(frozen, *shown[0])

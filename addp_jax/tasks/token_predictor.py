@@ -42,6 +42,9 @@ class Task:
         self.net = token_predictor.TokenPredictor(config.net, dtype)
         self.tokenizer = tokenizer.Tokenizer(config.tokenizer, dtype)
         self.sampler, self.sampler_config = token_only, config.sampler
+        # Made here so that the second evaluation compiles nothing.
+        self._values = jax.jit(functools.partial(self._per_example, train=False))
+        self._samples = samplers.unconditional(self, config.num_samples)
         tokenizer.check_pair(config.tokenizer, config.net.length, config.net.num_codes, "config.model.net")
 
     def init(self, rng):
@@ -86,13 +89,12 @@ class Task:
 
     def evaluate(self, params, frozen, batches):
         """Loss and accuracy over `batches`; a grid of samples from the predictor alone."""
-        values = jax.jit(functools.partial(self._per_example, train=False))
         key = jax.random.key(0)
         scalars = averages.mean_over(
-            (values(params, frozen, batch, jax.random.fold_in(key, index)), batch["valid"])
+            (self._values(params, frozen, batch, jax.random.fold_in(key, index)), batch["valid"])
             for index, batch in enumerate(batches)
         )
-        samples = samplers.unconditional(self, params, frozen, key, self.config.num_samples)
+        samples = self._samples(params, frozen, key)
         return scalars, {"samples": writers.grid(samples, columns=math.isqrt(self.config.num_samples))}
 
     def nets(self, params, frozen) -> samplers.Nets:
