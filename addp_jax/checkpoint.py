@@ -123,7 +123,8 @@ class Checkpointer:
             self._fail(step, error)
 
     def newest(self):
-        """Step of the newest checkpoint, or None."""
+        """Step of the newest checkpoint, or None; waits for the save under way."""
+        self.wait()
         return max(_steps(self._root), default=None)
 
     def close(self):

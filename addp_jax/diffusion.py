@@ -25,8 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from addp_jax import errors
-
 GRID_POINTS = 100  # the cosine grid of the training schedule has points i = 0..100
 
 
@@ -68,10 +66,10 @@ def rank(scores: jax.Array) -> jax.Array:
 def draw_nested_masks(key: jax.Array, schedule: MaskSchedule, batch: int, length: int):
     """Draw `(mask_t, mask_s)`, bool `[B,L]`, with mask_s inside mask_t: one noise, two counts.
 
-    Raises UserError when `schedule.group` does not divide the batch.
+    Raises ValueError when `schedule.group` does not divide the batch.
     """
     if batch % schedule.group:
-        raise errors.UserError(f"config.model.masks.group: {schedule.group} does not divide a batch of {batch}")
+        raise ValueError(f"a group of {schedule.group} does not divide the batch of {batch}")
     index_key, jump_key, noise_key = jax.random.split(key, 3)
     _, probs = mask_ratio_grid(schedule)
     counts = jnp.asarray(grid_num_masked(schedule, length))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from addp_jax import diffusion, errors
+from addp_jax import diffusion
 
 LENGTH = 256
 SCHEDULE = diffusion.MaskSchedule()
@@ -96,7 +96,7 @@ def test_a_group_shares_its_ratio_and_nothing_else():
 
 
 def test_a_group_that_does_not_divide_the_batch_is_refused():
-    with pytest.raises(errors.UserError, match="config.model.masks.group: 3 does not divide a batch of 8"):
+    with pytest.raises(ValueError, match="group of 3 does not divide the batch of 8"):
         diffusion.draw_nested_masks(jax.random.key(0), diffusion.MaskSchedule(group=3), 8, 16)
 
 

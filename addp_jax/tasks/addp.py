@@ -82,6 +82,8 @@ class Task:
     def _per_example(self, params, frozen, batch, rng, train: bool):
         """Loss [B], and what the pictures show: the corrupted image and the predicted one, [B,H,W,3]."""
         mask_key, teacher_key, dropout_key = jax.random.split(rng, 3)
+        if len(batch["image"]) % self.config.masks.group:
+            raise errors.UserError(f"config.model.masks.group: does not divide config.batch_size={len(batch['image'])}")
         image = batch["image"].astype(jnp.float32) / 255
         decode = functools.partial(self.tokenizer.apply, {"params": frozen["tokenizer"]}, method="decode")
         codebook = frozen["tokenizer"]["codebook"]
