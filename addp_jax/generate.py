@@ -99,7 +99,10 @@ def to_uint8(image: jax.Array) -> jax.Array:
 
 
 def film_strips(task, params, frozen, starts: Starts, config: Config):
-    """uint8 `[n,1+T,H,W,3]`: the start and the image after each step that was run, for the first `strips` images; None for none."""
+    """For the first `strips` images, uint8 `[n,<=1+T,H,W,3]`: the user's image, if any, then the image after each step.
+
+    None when no strips are wanted.
+    """
     count = min(config.strips, len(starts))
     if not count:
         return None
@@ -109,7 +112,9 @@ def film_strips(task, params, frozen, starts: Starts, config: Config):
         nets = task.nets(params, frozen)
         carry = samplers.start(nets, keys, images, config.mask_ratio)
         _, frames = samplers.sample(task.sampler, task.sampler_config, nets, keys, carry, config.mask_ratio, keep_frames=True)
-        return to_uint8(jnp.concatenate([images[None], frames]).swapaxes(0, 1))
+        if config.images:
+            frames = jnp.concatenate([images[None], frames])
+        return to_uint8(frames.swapaxes(0, 1))
 
     return np.asarray(run(params, frozen, *starts.batch(0, count)))
 
