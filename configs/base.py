@@ -36,7 +36,7 @@ def run(task: str, **model) -> ConfigDict:
             crop_scale=(0.2, 1.0),  # area of the random resized crop (release: main_pretrain.py)
             flip=True,  # horizontally, half of the images
             max_objects=1,  # shapes: objects per image
-            plain=False,  # shapes: upright, one colour, on grey
+            plain=False,  # shapes: large, upright, one of four colours, on grey
             workers=0,  # processes that decode; 0 = threads only
             threads=16,  # that read, per process
             prefetch=4,  # batches held ready
@@ -71,7 +71,7 @@ def run(task: str, **model) -> ConfigDict:
     ))  # fmt: skip
 
 
-def tokenizer(image_size=256, channels=128, multipliers=(1, 1, 2, 2, 4), num_codes=1024, code_width=256, num_groups=32, num_res_blocks=2):
+def tokenizer(image_size=256, channels=128, multipliers=(1, 1, 2, 2, 4), num_codes=1024, code_width=256, num_groups=32, num_res_blocks=2, codebook_scale=1.0):
     """MaskGIT's VQGAN (released vqgan.yaml): 54.5 M parameters, 16x16 tokens of a 256-pixel image."""
     return dict(
         image_size=image_size,  # pixels
@@ -81,6 +81,7 @@ def tokenizer(image_size=256, channels=128, multipliers=(1, 1, 2, 2, 4), num_cod
         num_codes=num_codes,  # K
         code_width=code_width,  # Z
         num_groups=num_groups,  # of every GroupNorm
+        codebook_scale=codebook_scale,  # variance of the initial codes, times K; a larger one leaves fewer codes in use
     )
 
 

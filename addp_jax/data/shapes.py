@@ -123,7 +123,7 @@ class Shapes:
       seed: another seed is another data set.
       image_size: side S in pixels.
       max_objects: objects per picture, at most.
-      plain: the easiest pictures: one upright shape of one colour near the middle, on dark or light grey.
+      plain: the easiest pictures: one large upright shape of one of four colours near the middle, on dark or light grey.
     """
 
     classes = CLASSES
@@ -161,7 +161,8 @@ class Shapes:
 def _arrange(rng: np.random.Generator, label: int, palette: tuple, max_objects: int, plain: bool) -> list[_Object]:
     count = int(rng.integers(1, max_objects + 1))
     if plain:
-        radii, spread = rng.uniform(0.6, 0.8, count) / 2, 0.4
+        palette = palette[::3]
+        radii, spread = rng.uniform(0.7, 0.8, count) / 2, 0.25
     elif max_objects == 1:
         radii, spread = rng.uniform(0.45, 0.8, 1) / 2, 0.5
     else:

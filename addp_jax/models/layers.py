@@ -59,16 +59,16 @@ class Attention(nn.Module):
 
         def project(name):
             out = nn.Dense(width, kernel_init=fused_xavier, dtype=self.dtype, name=name)(tokens)
-            return out.reshape(batch, length, self.heads, width // self.heads)
+            return out.reshape(batch, length, self.heads, width // self.heads).swapaxes(1, 2)  # heads first: plain matmuls
 
         query, key, value = project("query"), project("key"), project("value")
-        scores = jnp.einsum("bqnd,bknd->bnqk", query, key, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("bnqd,bnkd->bnqk", query, key, preferred_element_type=jnp.float32)
         scores = scores * (width // self.heads) ** -0.5
         if key_mask is not None:
             scores = jnp.where(key_mask[:, None, None, :], scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
         weights = nn.Dropout(self.dropout, deterministic=not train)(weights)
-        out = jnp.einsum("bnqk,bknd->bqnd", weights, value).reshape(batch, length, width)
+        out = jnp.einsum("bnqk,bnkd->bnqd", weights, value).swapaxes(1, 2).reshape(batch, length, width)
         out = dense(width, "out", self.dtype)(out)
         return nn.Dropout(self.dropout, deterministic=not train)(out)
 

@@ -25,6 +25,7 @@ class Config:
     num_codes: int = 1024  # K
     code_width: int = 256  # Z
     num_groups: int = 32  # of every GroupNorm
+    codebook_scale: float = 1.0  # variance of the initial codes, times K; a larger one leaves fewer codes in use
 
     @property
     def patch_size(self) -> int:
@@ -156,7 +157,7 @@ class Tokenizer(nn.Module):
         config = self.config
         self.encoder = Encoder(config, self.dtype)
         self.decoder = Decoder(config, self.dtype)
-        init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
+        init = nn.initializers.variance_scaling(config.codebook_scale, "fan_in", "uniform")
         self.codebook = self.param("codebook", init, (config.num_codes, config.code_width))
 
     def __call__(self, image):
