@@ -9,7 +9,7 @@ import jax
 from addp_jax import checkpoint, errors, parameters, partition
 from addp_jax.interop import files, layouts, weights
 
-OPTIONAL = {"mage": ("tokenizer",)}  # networks that a layout may lack
+OPTIONAL = {"mage": {"tokenizer"}}  # networks that a layout may lack
 
 
 def import_weights(paths: list[str], workdir: str) -> None:
@@ -42,12 +42,14 @@ def export_weights(workdir: str, paths: list[str], output: str, layout: str, ema
     print(f"{workdir}: {'averaged' if info['ema'] else 'raw'} parameters of step {info['step']}: {', '.join(networks) or 'none needed'}")
     networks = collect(networks, paths, needed)
     check_frozen(workdir, info["identity"], {name: networks[name] for name in networks if name not in params})
-    missing = sorted(needed - networks.keys() - set(OPTIONAL.get(layout, ())))
-    if missing:
+    missing = needed - networks.keys()
+    if missing - OPTIONAL.get(layout, set()):
         raise errors.UserError(
-            f"--layout={layout} needs {' and '.join(missing)}, which is not in {', '.join([workdir, *paths])}: "
-            "give run folders or weight files that hold it as --weights=PATH"
+            f"--layout={layout}: no {' and no '.join(sorted(missing))} in {', '.join([workdir, *paths])}; "
+            "give a run folder or weight file for each as --weights=PATH"
         )
+    if missing:
+        print(f"{output}: without {', '.join(missing)}, which the official code may ask for; --weights=PATH adds it")
     tensors = layouts.arrange(layout, networks)
     print(f"{output}: writing {len(tensors)} tensors, {sum(array.nbytes for array in tensors.values()) / 1e6:.0f} MB")
     files.write(output, tensors, layouts.WRITABLE[layout].wrapper)

@@ -181,6 +181,8 @@ def write(path: str, tensors: dict[str, np.ndarray], wrapper: str) -> None:
             safetensors_numpy.save_file(tensors, temporary)
         else:
             write_torch(temporary, tensors, wrapper)
+        os.umask(umask := os.umask(0))
+        os.chmod(temporary, 0o666 & ~umask)  # safetensors makes files that only their owner can read
         os.replace(temporary, path)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise errors.UserError(f"cannot write {path}: {str(error).splitlines()[0]}; is the disk full?") from error
