@@ -260,17 +260,19 @@ def test_the_first_state_and_its_average_are_the_given_weights(runs, exported):
 
 def test_a_run_starts_from_the_weights_it_is_given(tmp_path):
     """At the smallest learning rate it also ends with them. Other weights make it another run, wherever they are."""
-    still = functools.partial(programs.config, "demo_judge", steps=1, eval_every=100, optim__warmup_steps=0)
-    first, second, moved = (str(tmp_path / name) for name in ("first", "second", "moved"))
-    train.train(still(), first)
-    train.train(still(seed=1, init=first, optim__base_lr=1e-30), second)
-    ended, given = (jax.tree.leaves(checkpoint.load_params(path, ema=True)[0]) for path in (second, first))
-    for one, other in zip(ended, given, strict=True):
+    still = functools.partial(programs.config, "demo_judge", steps=1, eval_batches=1, optim__warmup_steps=0, optim__base_lr=1e-30)
+    given, moved, ended = (str(tmp_path / name) for name in ("given", "moved", "ended"))
+    run = train.build(still(), num_train=8)
+    with jax.set_mesh(run.mesh):
+        params = jax.tree.map(np.asarray, run.init(jax.random.key(5)).params)
+    checkpoint.save_params(given, params, {})
+    train.train(still(init=given), ended)
+    for one, other in zip(jax.tree.leaves(checkpoint.load_params(ended, ema=True)[0]), jax.tree.leaves(params), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-20, rtol=0)
-    shutil.move(first, moved)
-    train.train(still(seed=1, init=moved, optim__base_lr=1e-30), second)
+    shutil.move(given, moved)
+    train.train(still(init=moved), ended)
     with pytest.raises(errors.UserError, match="init.* is 'absent'.*use another --workdir"):
-        train.train(still(seed=1, optim__base_lr=1e-30), second)
+        train.train(still(), ended)
     with pytest.raises(errors.UserError, match="^config.init: nothing at /nowhere"):
         train.train(still(init="/nowhere"), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

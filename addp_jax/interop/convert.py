@@ -66,7 +66,7 @@ def collect(networks: dict, paths: list[str], wanted=None) -> dict:
     for path in paths:
         with jax.set_mesh(partition.make_mesh(partition.Config(), jax.devices("cpu")[:1])):
             found = weights.read(path, None if wanted is None else wanted - networks.keys())
-        for name in found.keys() - networks.keys():
+        for name in sorted(found.keys() - networks.keys()):
             count = sum(leaf.size for leaf in jax.tree.leaves(found[name]))
             print(f"{path}: {name}, {count / 1e6:.1f} M parameters")
         networks = found | networks

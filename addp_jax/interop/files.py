@@ -44,7 +44,7 @@ class Stored:
         if self.dtype not in FLOATS:
             raise errors.UserError(f"{self.where} is {self.dtype}; weights are {', '.join(FLOATS)}")
         with np.errstate(over="ignore"):  # what overflows is refused below
-            array = np.asarray(self.read(), np.float32)
+            array = np.array(self.read(), np.float32)  # a copy: the file may change while its values are in use
         if not np.isfinite(array).all():
             raise errors.UserError(f"{self.where} holds values that are NaN or infinite")
         self.on_read()

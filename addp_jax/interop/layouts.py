@@ -126,7 +126,7 @@ def read(path: str, wanted=None) -> dict[str, dict]:
     layout = recognise(path, tensors)
     parts = {prefix: live for prefix, live in split(layout, tensors).items() if live or not prefix}
     networks = {prefix: layout.parts[prefix] for prefix in parts}
-    rules = {prefix: check(f"{path}: {prefix}*", networks[prefix], live) for prefix, live in parts.items()}
+    rules = {prefix: check(f"{path}: {prefix}*" if prefix else path, networks[prefix], live) for prefix, live in parts.items()}
     chosen = [prefix for prefix in parts if wanted is None or networks[prefix].name in wanted]
     progress = writers.Progress(sum(len(parts[prefix]) for prefix in chosen), unit="tensor")
     found, counted = {}, 0
