@@ -20,6 +20,7 @@ import logging
 import os
 import pathlib
 import re
+import shutil
 import sys
 import tempfile
 
@@ -227,12 +228,24 @@ def load_params(path, *, ema):
 def save_params(path, params, identity):
     """Writes a params-only checkpoint (step 0) under the work directory `path`, for `load_params`.
 
-    Raises UserError if checkpoints are there already, or the folder cannot be written to.
+    Raises UserError if checkpoints are there already, or the folder cannot be written to; then nothing is left behind.
     """
+    require_no_checkpoints(path)
+    root = pathlib.Path(path).absolute() / "checkpoints"
+    new = not root.exists()
+    try:
+        with contextlib.closing(Checkpointer(path, Config(), identity)) as checkpointer:
+            checkpointer.save(0, {"params": params})
+    except BaseException:
+        if new:
+            shutil.rmtree(root, ignore_errors=True)
+        raise
+
+
+def require_no_checkpoints(path):
+    """Raises UserError if the work directory `path` holds checkpoints."""
     if _steps(pathlib.Path(path) / "checkpoints"):
         raise errors.UserError(f"{path} already holds checkpoints; use another --workdir")
-    with contextlib.closing(Checkpointer(path, Config(), identity)) as checkpointer:
-        checkpointer.save(0, {"params": params})
 
 
 def _steps(root):

@@ -7,8 +7,9 @@ import json
 
 import jax
 
-from addp_jax import checkpoint, errors, parameters, partition, writers
+from addp_jax import checkpoint, errors, partition, writers
 from addp_jax.data import pipeline
+from addp_jax.interop import weights
 
 
 def run(program, state, frozen) -> tuple[dict, dict]:
@@ -27,11 +28,11 @@ def run(program, state, frozen) -> tuple[dict, dict]:
 
 def load(program, workdir: str):
     """`(params, frozen)` of the newest checkpoint in `workdir`, on the mesh."""
-    expected = program.state.params
+    layouts = jax.tree.map(lambda leaf: leaf.sharding, program.state.params)
     params, info = checkpoint.load_params(workdir, ema=True)
-    params = parameters.match(params, expected, where=workdir)
+    params = weights.fit(params, program.state.params, workdir)
     print(f"{workdir}: parameters of step {info['step']}")
-    params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, expected))
+    params = jax.device_put(params, {name: layouts[name] for name in params})
     return params, jax.device_put(program.task.load_frozen(), partition.replicated(program.mesh))
 
 

@@ -13,7 +13,15 @@ from addp_jax import errors
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; any field can be set: --config.batch_size=64")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: checkpoints, logs, pictures")
 NOMINAL_STEPS = 1000  # of an epoch, where nothing is trained and the training split is not opened
-MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "generate", "benchmark"], "What to do")
+CONVERSIONS = ("import", "export")  # modes without a config
+MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "generate", "benchmark", *CONVERSIONS], "What to do")
+WEIGHTS = flags.DEFINE_multi_string(
+    "weights", [], "import: weight file; export: run folder or file with a network that --workdir lacks. May be repeated"
+)
+OUTPUT = flags.DEFINE_string("output", None, "export: file to write, .safetensors or .pth")
+LAYOUT = flags.DEFINE_enum("layout", None, ["addp", "mage", "vqgan", "timm"], "export: whose tensor names")
+EMA = flags.DEFINE_bool("ema", True, "export: the averaged parameters where there are; --noema: the raw ones")
+FORCE = flags.DEFINE_bool("force", False, "export: replace an existing --output")
 
 
 def parse(argv):
@@ -21,12 +29,20 @@ def parse(argv):
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # configs import configs.base
     try:
         rest = flags.FLAGS(argv)
-        if CONFIG.value is None:
+        if CONFIG.value is None and MODE.value not in CONVERSIONS:
             raise ValueError("--config is missing: give a file, such as --config=configs/demo_tokenizer.py")
         return rest
     except Exception as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+
+
+def convert() -> None:
+    from addp_jax.interop import convert
+
+    if MODE.value == "import":
+        return convert.import_weights(WEIGHTS.value, WORKDIR.value)
+    return convert.export_weights(WORKDIR.value, WEIGHTS.value, OUTPUT.value, LAYOUT.value, EMA.value, FORCE.value)
 
 
 def run() -> None:
@@ -53,7 +69,7 @@ def main(argv) -> None:
         sys.exit(2)
     logging.set_verbosity(logging.WARNING)  # jax tells of every backend it does not find
     try:
-        run()
+        convert() if MODE.value in CONVERSIONS else run()
     except errors.UserError as error:
         print("error:", error, file=sys.stderr)
         sys.exit(2)

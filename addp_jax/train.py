@@ -15,6 +15,7 @@ import optax
 
 from addp_jax import checkpoint, errors, evaluate, optim, parameters, partition, tasks, writers
 from addp_jax.data import pipeline
+from addp_jax.interop import weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +37,10 @@ class Config:
     mesh: partition.Config
     checkpoint: checkpoint.Config
     generate: Any
+    init: str = ""  # run folder or weight file that the trained network starts from; "" = random
     # What may change between two starts of one run, because no number depends on it.
-    FREE = ("mesh", "checkpoint", "generate", "log_every", "eval_every", "eval_batches")
+    # The path of `init` may change as well: the content counts.
+    FREE = ("init", "mesh", "checkpoint", "generate", "log_every", "eval_every", "eval_batches")
     FREE_DATA = ("workers", "threads", "prefetch")
     FREE_MODEL = ("sampler", "num_samples")  # and the paths of weights: their content counts
 
@@ -64,8 +67,8 @@ class TrainState(flax.struct.PyTreeNode):
     ema_params: Any  # None without an average
 
 
-def identity(config: Config, frozen) -> dict:
-    """What a run's numbers depend on, as JSON: the config without its FREE fields, and the frozen weights' hashes."""
+def identity(config: Config, frozen, initial) -> dict:
+    """What a run's numbers depend on, as JSON: the config without its FREE fields, and the hashes of given weights."""
     fields = dataclasses.asdict(config)
     kept = {name: value for name, value in fields.items() if name not in Config.FREE}
     kept["data"] = {name: value for name, value in fields["data"].items() if name not in Config.FREE_DATA}
@@ -74,7 +77,8 @@ def identity(config: Config, frozen) -> dict:
         for name, value in fields["model"].items()
         if name not in Config.FREE_MODEL and not name.endswith("_weights")
     }
-    return kept | {"frozen": {name: parameters.content_hash(params) for name, params in frozen.items()}}
+    hashes = lambda networks: {name: parameters.content_hash(params) for name, params in networks.items()}
+    return kept | {"frozen": hashes(frozen)} | ({"init": hashes(initial)} if initial else {})
 
 
 def make_init(task, optimizer, config: Config):
@@ -177,10 +181,13 @@ def train(config: Config, workdir: str) -> None:
     """Train to the end of the schedule, from the newest checkpoint in `workdir` if there is one."""
     run = build(config)
     with jax.set_mesh(run.mesh), Interrupt() as interrupt:
-        frozen = run.task.load_frozen()
-        saver = checkpoint.Checkpointer(workdir, config.checkpoint, identity(config, frozen))
+        frozen, initial = run.task.load_frozen(), {}
+        if config.init:
+            initial = weights.fit(weights.read(config.init, field="config.init: "), run.state.params, f"config.init ({config.init})")
+        saver = checkpoint.Checkpointer(workdir, config.checkpoint, identity(config, frozen, initial))
         frozen = jax.device_put(frozen, partition.replicated(run.mesh))
-        state, start = saver.restore_latest(run.state) or (run.init(jax.random.key(config.seed)), 0)
+        state, start = saver.restore_latest(run.state) or (first_state(run, initial), 0)
+        del initial
         if start >= run.length.total:
             print(f"{workdir}: already trained to step {start} of {run.length.total}")
             return
@@ -198,6 +205,18 @@ def train(config: Config, workdir: str) -> None:
     if interrupt.requested and int(state.step) < run.length.total:
         print(f"stopped by a signal at step {int(state.step)}; the same command goes on from there")
         raise SystemExit(128 + signal.SIGTERM)
+
+
+def first_state(run: Run, initial):
+    """The state of step 0: random, with the networks `initial` (numpy arrays) in place of random ones."""
+    state = run.init(jax.random.key(run.config.seed))
+    if not initial:
+        return state
+    layouts = jax.tree.map(lambda leaf: leaf.sharding, {name: run.state.params[name] for name in initial})
+    # The step donates its state, so each tree needs arrays of its own.
+    params = state.params | jax.tree.map(jnp.copy, jax.device_put(initial, layouts))
+    average = None if state.ema_params is None else jax.tree.map(jnp.copy, params)
+    return state.replace(params=params, ema_params=average)
 
 
 def loop(run: Run, state, frozen, start: int, batches, saver, log: "Log", interrupt: "Interrupt"):

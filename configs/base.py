@@ -17,6 +17,7 @@ def run(task: str, **model) -> ConfigDict:
     return ConfigDict(dict(
         task=task,  # a file in addp_jax/tasks
         model=model,
+        init="",  # run folder or weight file that the trained network starts from; "" = random
         seed=0,  # of parameters, masks, dropout, data order
         batch_size=4096,  # images per optimizer step, over all devices
         epochs=0.0,  # passes over the training split; or
@@ -179,7 +180,7 @@ def predictor_task(net, tokenizer):
     return dict(
         net=net,
         tokenizer=tokenizer,
-        tokenizer_weights="",  # work directory of a tokenizer run; "random" for benchmarks
+        tokenizer_weights="",  # run folder or weight file of a tokenizer; "random" for benchmarks
         mask_low=0.5,  # mask ratio ~ normal(mask_mean, mask_std) cut to [mask_low, mask_high]; mask_low is also dropped
         mask_high=1.0,
         mask_mean=0.55,
@@ -196,8 +197,8 @@ def addp_task(net, predictor, tokenizer):
         net=net,
         predictor=predictor,
         tokenizer=tokenizer,
-        tokenizer_weights="",  # work directory of a tokenizer run; "random" for benchmarks
-        predictor_weights="",  # work directory of a token predictor run; "random" for benchmarks
+        tokenizer_weights="",  # run folder or weight file of a tokenizer; "random" for benchmarks
+        predictor_weights="",  # run folder or weight file of a token predictor; "random" for benchmarks
         masks=dict(
             low=0.5,  # mask ratios are points of a 100-point cosine grid in [low, high)
             high=1.0,

@@ -24,3 +24,9 @@ def mesh():
     one = partition.make_mesh(partition.Config(), jax.devices()[:1])
     with jax.set_mesh(one):
         yield one
+
+
+@pytest.fixture
+def torch():
+    """PyTorch, for the tests of its file format; not a dependency, so they are skipped where it is missing."""
+    return pytest.importorskip("torch", reason="needs pip install torch")

@@ -54,14 +54,14 @@ def tokenizer_params():
 @functools.cache
 def predictor_params(scale=lambda name: 1):
     tensors = {name: value * np.float32(scale("token_predictor." + name)) for name, value in part("token_predictor.").items()}
-    return pytorch.from_torch(tensors, pytorch.predictor_rules(PREDICTOR), pytorch.PREDICTOR_DEAD)
+    return pytorch.from_torch(tensors, pytorch.predictor_rules(), pytorch.PREDICTOR_DEAD)
 
 
 @functools.cache
 def addp_params(scale=lambda name: 1):
     own = {name: value for name, value in state_dict().items() if not name.startswith(("vqgan.", "token_predictor."))}
     tensors = {name: value * np.float32(scale(name)) for name, value in own.items()}
-    return pytorch.from_torch(tensors, pytorch.addp_rules(ADDP), pytorch.ADDP_DEAD)
+    return pytorch.from_torch(tensors, pytorch.addp_rules(), pytorch.ADDP_DEAD)
 
 
 def masks(name: str) -> np.ndarray:

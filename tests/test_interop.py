@@ -22,12 +22,12 @@ def network(name, config="demo_addp", arg="tiny"):
     fields = programs.fields(config, arg).model.to_dict()
     task = addp.Task(schema.build(addp.Config, fields, "config.model"), jnp.float32)
     parts = {
-        "pixel_to_token": (pixel_to_token, task.net, pytorch.addp_rules),
-        "token_predictor": (token_predictor, task.predictor, pytorch.predictor_rules),
-        "tokenizer": (tokenizer, task.tokenizer, pytorch.tokenizer_rules),
+        "pixel_to_token": (pixel_to_token, task.net, pytorch.addp_rules()),
+        "token_predictor": (token_predictor, task.predictor, pytorch.predictor_rules()),
+        "tokenizer": (tokenizer, task.tokenizer, pytorch.tokenizer_rules(task.tokenizer.config)),
     }
     module, net, rules = parts[name]
-    return rules(net.config), jax.eval_shape(functools.partial(module.init, net), jax.random.key(0))
+    return rules, jax.eval_shape(functools.partial(module.init, net), jax.random.key(0))
 
 
 @functools.cache

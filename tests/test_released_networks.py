@@ -131,7 +131,7 @@ def test_logits_loss_and_gradients_agree(pair):
     assert_close(logits[1, 7::64], gold["logits_img1"])  # 8, 72...
     np.testing.assert_allclose(loss, gold["loss"], rtol=LOSS)
 
-    grads = pytorch.to_torch(grads, pytorch.addp_rules(released.ADDP))
+    grads = pytorch.to_torch(grads, pytorch.addp_rules())
     names = [str(name) for name in gold["grad_names"]]
     assert set(names) == set(grads)
     assert_checksums([without_key_bias(name, grads[name]) for name in names if "qkv.bias" not in name],
@@ -177,7 +177,7 @@ def test_three_adamw_steps_agree(pair):
         np.testing.assert_allclose(optax.tree.norm(grads), gold["adamw_grad_norm"][index], rtol=GRADIENT)
         updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
-    ours = pytorch.to_torch(params, pytorch.addp_rules(released.ADDP))
+    ours = pytorch.to_torch(params, pytorch.addp_rules())
     for name in ours:
         expected = gold.get(f"adamw_step3:{name}")
         if expected is not None:
@@ -190,7 +190,7 @@ def test_weight_decay_falls_on_the_released_names():
     gold = released.outputs()
     decayed = optim.decay_mask(released.addp_params())
     flags = jax.tree.map(lambda leaf, flag: np.full(np.shape(leaf), flag), released.addp_params(), decayed)
-    ours = {name: bool(value.all()) for name, value in pytorch.to_torch(flags, pytorch.addp_rules(released.ADDP)).items()}
+    ours = {name: bool(value.all()) for name, value in pytorch.to_torch(flags, pytorch.addp_rules()).items()}
     theirs = {str(name): True for name in gold["adamw_group_decay"]} | {str(name): False for name in gold["adamw_group_no_decay"]}
     assert ours == {name: flag for name, flag in theirs.items() if name not in pytorch.ADDP_DEAD}
 
@@ -222,8 +222,8 @@ def test_norm_epsilons_agree(pair):
 def test_torch_names_round_trip_bit_exactly():
     tables = (
         (released.tokenizer_params(), pytorch.tokenizer_rules(released.TOKENIZER), "vqgan."),
-        (released.predictor_params(), pytorch.predictor_rules(released.PREDICTOR), "token_predictor."),
-        (released.addp_params(), pytorch.addp_rules(released.ADDP), ""),
+        (released.predictor_params(), pytorch.predictor_rules(), "token_predictor."),
+        (released.addp_params(), pytorch.addp_rules(), ""),
     )
     for params, rules, prefix in tables:
         for name, array in pytorch.to_torch(params, rules).items():

@@ -7,13 +7,14 @@ except the names listed as dead, which no forward pass reads.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Callable, NamedTuple
 
 import numpy as np
 
 from addp_jax import errors
-from addp_jax.models import pixel_to_token, token_predictor, tokenizer
+from addp_jax.models import tokenizer
 
 
 class Transform(NamedTuple):
@@ -29,12 +30,9 @@ class Rule(NamedTuple):
     transform: Transform
 
 
-def patches(patch: int) -> Transform:
-    """(D,3,p,p) convolution over patches <-> (p*p*3, D) matrix."""
-    return Transform(
-        lambda weight: (weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0]),),
-        lambda kernel: kernel.reshape(patch, patch, 3, -1).transpose(3, 2, 0, 1),
-    )
+def to_patch_conv(kernel):
+    patch = math.isqrt(len(kernel) // 3)
+    return kernel.reshape(patch, patch, 3, -1).transpose(3, 2, 0, 1)
 
 
 SAME = Transform(lambda array: (array,), lambda array: array)
@@ -43,6 +41,9 @@ CONV = Transform(lambda weight: (weight.transpose(2, 3, 1, 0),), lambda kernel: 
 ROW = Transform(lambda array: (array[0],), lambda array: array[None])  # (1,N,D) <-> (N,D)
 VECTOR = Transform(lambda array: (array[0, 0],), lambda array: array[None, None])  # (1,1,D) <-> (D,)
 QKV = Transform(lambda weight: tuple(np.split(weight.T, 3, axis=1)), lambda *qkv: np.concatenate(qkv, axis=1).T)
+PATCHES = Transform(  # (D,3,p,p) convolution over patches <-> (p*p*3, D) matrix
+    lambda weight: (weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0]),), to_patch_conv
+)
 QKV_BIAS = Transform(lambda bias: tuple(np.split(bias, 3)), lambda *qkv: np.concatenate(qkv))
 
 
@@ -85,16 +86,23 @@ def decoder_side() -> list[Rule]:
     ]
 
 
-def addp_rules(config: pixel_to_token.Config) -> list[Rule]:
+def encoder_rules(input_norm: str, ours: str) -> list[Rule]:
+    """A vision transformer; the release and timm differ in the name of the LayerNorm before the first block."""
+    return [
+        Rule("patch_embed.proj.weight", (f"{ours}/patch_embed/kernel",), PATCHES),
+        Rule("patch_embed.proj.bias", (f"{ours}/patch_embed/bias",), SAME),
+        Rule("cls_token", (f"{ours}/class_token",), VECTOR),
+        Rule("pos_embed", (f"{ours}/pos_embed",), ROW),
+        *norm(input_norm, f"{ours}/input_norm"),
+        *blocks("blocks", f"{ours}/blocks"),
+        *norm("norm", f"{ours}/final_norm"),
+    ]
+
+
+def addp_rules() -> list[Rule]:
     """The ADDP network (`addp-vit-*.pth` without its frozen parts)."""
     return [
-        Rule("patch_embed.proj.weight", ("encoder/patch_embed/kernel",), patches(config.encoder.patch_size)),
-        Rule("patch_embed.proj.bias", ("encoder/patch_embed/bias",), SAME),
-        Rule("cls_token", ("encoder/class_token",), VECTOR),
-        Rule("pos_embed", ("encoder/pos_embed",), ROW),
-        *norm("tokenizer_norm", "encoder/input_norm"),
-        *blocks("blocks", "encoder/blocks"),
-        *norm("norm", "encoder/final_norm"),
+        *encoder_rules("tokenizer_norm", "encoder"),
         Rule("mask_token", ("mask_token",), VECTOR),
         Rule("token_emb.weight", ("token_embed",), SAME),
         Rule("decoder_pos_embed_learned", ("pos_visible",), ROW),
@@ -107,7 +115,7 @@ def addp_rules(config: pixel_to_token.Config) -> list[Rule]:
 ADDP_DEAD = ("decoder_pos_embed", "pos_token_embed", "pos_mask_embed", "decoder_pred.weight", "decoder_pred.bias")
 
 
-def predictor_rules(config: token_predictor.Config) -> list[Rule]:
+def predictor_rules() -> list[Rule]:
     """The token predictor (MAGE's layout)."""
     return [
         Rule("token_emb.word_embeddings.weight", ("token_embed",), SAME),
@@ -133,6 +141,23 @@ PREDICTOR_DEAD = (
 )
 
 
+def shortcuts(config: tokenizer.Config, level: int) -> tuple[bool, bool]:
+    """Whether the first block of a level changes the width: in the encoder, in the decoder."""
+    width, top = config.multipliers[level], len(config.multipliers) - 1
+    before = config.multipliers[level - 1] if level else 1  # the encoder starts from `channels`
+    return width != before, width != config.multipliers[min(level + 1, top)]
+
+
+def tokenizer_config(channels: int, widths, num_res_blocks: int, codebook) -> tokenizer.Config:
+    """The Config that parameter names and shapes depend on; `widths` per level, `codebook` (K,Z)."""
+    multipliers = tuple(width // channels for width in widths)
+    sizes = dict(image_size=2 ** (len(multipliers) - 1), num_groups=1)  # no parameter depends on these
+    return tokenizer.Config(
+        **sizes, channels=channels, multipliers=multipliers, num_res_blocks=num_res_blocks,
+        num_codes=codebook[0], code_width=codebook[1],
+    )  # fmt: skip
+
+
 def tokenizer_rules(config: tokenizer.Config) -> list[Rule]:
     """The VQGAN. Torch counts decoder levels from full resolution, as `up_{level}` does here."""
 
@@ -149,16 +174,14 @@ def tokenizer_rules(config: tokenizer.Config) -> list[Rule]:
             *(conv(f"{torch}.nin_shortcut", f"{ours}/shortcut", False) if shortcut else []),
         ]
 
-    multipliers, top = config.multipliers, len(config.multipliers) - 1
+    top = len(config.multipliers) - 1
     rules = conv("encoder.conv_in", "encoder/conv_in", False) + conv("decoder.conv_in", "decoder/conv_in", True)
     for level in range(top + 1):
-        below, above = multipliers[max(level - 1, 0)], multipliers[min(level + 1, top)]
-        wider = 1 if level == 0 else below  # the encoder starts from `channels`
+        down_changes, up_changes = shortcuts(config, level)
         for index in range(config.num_res_blocks):
             down, up = f"down.{level}.block.{index}", f"up.{level}.block.{index}"
-            changes = (index == 0 and multipliers[level] != wider, index == 0 and multipliers[level] != above)
-            rules += res_block(f"encoder.{down}", f"encoder/down_{level}_{index}", changes[0])
-            rules += res_block(f"decoder.{up}", f"decoder/up_{level}_{index}", changes[1])
+            rules += res_block(f"encoder.{down}", f"encoder/down_{level}_{index}", down_changes and index == 0)
+            rules += res_block(f"decoder.{up}", f"decoder/up_{level}_{index}", up_changes and index == 0)
         if level:
             rules += conv(f"decoder.up.{level}.upsample.conv", f"decoder/upsample_{level}", True)
     for side in ("encoder", "decoder"):
@@ -167,6 +190,9 @@ def tokenizer_rules(config: tokenizer.Config) -> list[Rule]:
         rules += norm(f"{side}.norm_out", f"{side}/norm_out/norm")
         rules += conv(f"{side}.conv_out", f"{side}/conv_out", True)
     return rules + [Rule("quantize.embedding.weight", ("codebook",), SAME)]
+
+
+TOKENIZER_DEAD = ("loss.*",)  # what a VQGAN was trained with
 
 
 def from_torch(tensors: dict[str, np.ndarray], rules: list[Rule], dead: tuple[str, ...] = ()) -> dict:
@@ -195,16 +221,18 @@ def from_torch(tensors: dict[str, np.ndarray], rules: list[Rule], dead: tuple[st
 
 def to_torch(params: dict, rules: list[Rule]) -> dict[str, np.ndarray]:
     """The inverse of `from_torch`, without the dead tensors."""
-    tensors = {}
+    return {name: np.ascontiguousarray(array) for name, array in each_to_torch(params, rules)}
+
+
+def each_to_torch(params: dict, rules: list[Rule]):
+    """`(name, array)` of `to_torch` one by one, views of `params` where possible."""
     for rule in rules:
         arrays = [np.asarray(get_path(params, path)) for path in rule.ours]
-        if "{i}" in rule.torch:
-            for i in range(len(arrays[0])):
-                layer = rule.transform.to_torch(*(array[i] for array in arrays))
-                tensors[rule.torch.replace("{i}", str(i))] = np.ascontiguousarray(layer)
-        else:
-            tensors[rule.torch] = np.ascontiguousarray(rule.transform.to_torch(*arrays))
-    return tensors
+        if "{i}" not in rule.torch:
+            yield rule.torch, rule.transform.to_torch(*arrays)
+            continue
+        for i in range(len(arrays[0])):
+            yield rule.torch.replace("{i}", str(i)), rule.transform.to_torch(*(array[i] for array in arrays))
 
 
 def layer_names(template: str, tensors) -> list[str]:

@@ -24,8 +24,8 @@ class Config:
     net: pixel_to_token.Config = pixel_to_token.Config()
     predictor: token_predictor.Config = token_predictor.Config()
     tokenizer: tokenizer.Config = tokenizer.Config()
-    tokenizer_weights: str = ""  # work directory of a tokenizer run; "random" for benchmarks
-    predictor_weights: str = ""  # work directory of a token predictor run; "random" for benchmarks
+    tokenizer_weights: str = ""  # run folder or weight file of a tokenizer; "random" for benchmarks
+    predictor_weights: str = ""  # run folder or weight file of a token predictor; "random" for benchmarks
     masks: diffusion.MaskSchedule = diffusion.MaskSchedule()
     teacher_dropout: bool = False  # True: the token predictor's dropout stays on, as in the released training
     label_smoothing: float = 0.1

@@ -23,7 +23,7 @@ class Config:
 
     net: token_predictor.Config = token_predictor.Config()
     tokenizer: tokenizer.Config = tokenizer.Config()
-    tokenizer_weights: str = ""  # work directory of a tokenizer run; "random" for benchmarks
+    tokenizer_weights: str = ""  # run folder or weight file of a tokenizer; "random" for benchmarks
     mask_low: float = 0.5  # mask ratio ~ normal(mask_mean, mask_std) cut to [mask_low, mask_high]
     mask_high: float = 1.0
     mask_mean: float = 0.55
