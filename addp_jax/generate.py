@@ -64,7 +64,7 @@ class Starts:
 
     def __init__(self, config: Config, size: int):
         self.config, self.size = config, size
-        self.source = sources.open_folder(config.images) if config.images else None
+        self.source = sources.open_folder(config.images, "config.generate.images") if config.images else None
         self.to_size = transforms.eval_image(size)
 
     def __len__(self) -> int:

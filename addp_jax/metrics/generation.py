@@ -23,42 +23,50 @@ SPLITS = 10  # of IS
 SUBSETS, SUBSET_SIZE = 100, 1000  # of KID
 MANIFOLD_NEIGHBOURS = 3  # k of precision and recall
 DENSITY_NEIGHBOURS = 5  # k of density and coverage
-BLOCK = 1000  # rows of a block of distances
+BLOCK = 1000  # rows that are worked on at a time
 
 
 class Moments:
     """Mean and covariance of rows that come in batches of any size; two of them can be merged."""
 
     def __init__(self, width: int):
-        self.count = 0
-        self.mean = np.zeros(width)
-        self.scatter = np.zeros((width, width))  # sum of the outer products of the deviations from the mean
+        self._count, self._mean = 0, np.zeros(width)
+        self._scatter = np.zeros((width, width))  # sum of the outer products of the deviations from the mean
+        self._waiting = []  # small batches: adding to the scatter costs more than they do
 
     def add(self, rows) -> None:
         """Count `rows` [n,D] in."""
-        rows = np.asarray(rows, np.float64)
-        if len(rows):
-            mean = rows.mean(0)
-            rows = rows - mean
-            self._merge(len(rows), mean, rows.T @ rows)
+        self._waiting.append(np.array(rows))
+        if sum(map(len, self._waiting)) >= BLOCK:
+            self._count_waiting()
 
     def merge(self, other: Moments) -> None:
         """Count in everything that `other` has counted."""
-        if other.count:
-            self._merge(other.count, other.mean, other.scatter)
+        for moments in (self, other):
+            moments._count_waiting()
+        self._merge(other._count, other._mean, other._scatter)
+
+    def _count_waiting(self) -> None:
+        rows, self._waiting = self._waiting, []
+        if rows:
+            rows = np.concatenate(rows).astype(np.float64)
+            mean = rows.mean(0)
+            rows -= mean
+            self._merge(len(rows), mean, rows.T @ rows)
 
     def _merge(self, count: int, mean, scatter) -> None:
-        gap, total = mean - self.mean, self.count + count
-        self.scatter += scatter
-        self.scatter += np.outer(gap, gap * (self.count * count / total))
-        self.mean = self.mean + gap * (count / total)
-        self.count = total
+        gap, total = mean - self._mean, max(self._count + count, 1)
+        self._scatter += scatter
+        self._scatter += np.outer(gap, gap * (self._count * count / total))
+        self._mean = self._mean + gap * (count / total)
+        self._count += count
 
     def gaussian(self) -> Gaussian:
         """The Gaussian with these moments. Raises ValueError below two rows."""
-        if self.count < 2:
-            raise ValueError(f"the covariance of {self.count} rows is not defined")
-        return Gaussian(self.mean, self.scatter / (self.count - 1))
+        self._count_waiting()
+        if self._count < 2:
+            raise ValueError(f"the covariance of {self._count} rows is not defined")
+        return Gaussian(self._mean, self._scatter / (self._count - 1))
 
 
 @dataclasses.dataclass(frozen=True)
