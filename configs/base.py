@@ -170,6 +170,7 @@ def tokenizer_task(net):
         r1_weight=10.0,  # gradient penalty of the adversary
         perceptual_weight=0.1,
         perceptual_weights="",  # torchvision's vgg16 as a .safetensors file; "" = no perceptual term
+        lpips_weights="",  # LPIPS' v0.1/vgg as a .safetensors file, for the evaluation, with perceptual_weights; "" = no LPIPS
     )
 
 

@@ -35,7 +35,7 @@ def test_files_that_are_no_inception_are_one_line(tmp_path, mesh):
     save_file({"fc.weight": np.zeros((2, 2), np.float32)}, tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("text")
     for name in ("other", "text", "none"):
-        with pytest.raises(errors.UserError, match=f"--weights=.*{name}.safetensors: .*pt_inception-2015-12-05") as caught:
+        with pytest.raises(errors.UserError, match=f"--weights: .*{name}.safetensors: .*pt_inception-2015-12-05") as caught:
             load("inception", mesh, tmp_path / f"{name}.safetensors")
         assert "\n" not in str(caught.value)
 

@@ -55,7 +55,7 @@ def load(features: str, weights: str, mesh, field: str, weights_field: str) -> F
     Raises UserError naming the field when there are no such weights or they do not fit.
     """
     if features == INCEPTION:
-        params = read_inception(weights, weights_field)
+        params = read_weights(weights, inception.params_from_torch, weights_field, "pt_inception-2015-12-05-6726825d")
         apply = lambda params, image: inception.Inception().apply({"params": params}, image)
         return FeatureNet(INCEPTION, params, apply, 0, mesh)
     params, info = checkpoint.load_params(features, ema=True)
@@ -71,16 +71,16 @@ def load(features: str, weights: str, mesh, field: str, weights_field: str) -> F
     raise errors.UserError(f"{field}={features} is a run of neither convnet nor addp; give one, or {INCEPTION}")
 
 
-def read_inception(path: str, field: str) -> dict:
-    """Parameters of `inception.Inception`. Raises UserError if the file is missing or holds something else."""
-    wanted = "pt_inception-2015-12-05-6726825d as .safetensors"
-    if not path:
-        raise errors.UserError(f"{field} is empty: features={INCEPTION} needs the file {wanted}")
+def read_weights(path: str, convert: Callable, field: str, what: str):
+    """`convert` of the arrays by name in a .safetensors file.
+
+    Raises UserError naming `field`, and `what` to give, if the file cannot be read or does not fit.
+    """
     try:
-        return inception.params_from_torch(safetensors.numpy.load_file(path))
+        return convert(safetensors.numpy.load_file(path))
     except (OSError, safetensors.SafetensorError, KeyError, ValueError) as error:
         reason = error.args[0] if isinstance(error, KeyError) else error
-        raise errors.UserError(f"{field}={path}: {reason}; give {wanted}") from error
+        raise errors.UserError(f"{field}: {path or 'no file'}: {reason}; give {what} as .safetensors") from error
 
 
 def convnet_of(workdir: str, params: dict, identity: dict):

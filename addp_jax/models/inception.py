@@ -7,12 +7,15 @@ TensorFlow 1's bilinear rule (no half-pixel offset, no antialiasing), as torch-f
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from addp_jax.models import layers
 
 IMAGE_SIZE = 299  # pixels, after the resize
 NUM_CLASSES = 1008
@@ -182,12 +185,7 @@ def params_from_torch(arrays: Mapping[str, np.ndarray]) -> dict:
     Raises KeyError naming an entry that is missing, ValueError naming one of the wrong shape.
     """
 
-    def take(name, shape):
-        if name not in arrays:
-            raise KeyError(f"no entry {name}")
-        if tuple(arrays[name].shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(arrays[name].shape)}, expected {shape}")
-        return np.asarray(arrays[name], np.float32)
+    take = functools.partial(layers.torch_array, arrays)
 
     def layer(name, kernel):
         height, width, inputs, outputs = kernel.shape
