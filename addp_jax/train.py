@@ -36,8 +36,9 @@ class Config:
     mesh: partition.Config
     checkpoint: checkpoint.Config
     generate: Any
+    evaluate: evaluate.Config = evaluate.Config()
     # What may change between two starts of one run, because no number depends on it.
-    FREE = ("mesh", "checkpoint", "generate", "log_every", "eval_every", "eval_batches")
+    FREE = ("mesh", "checkpoint", "generate", "evaluate", "log_every", "eval_every", "eval_batches")
     FREE_DATA = ("workers", "threads", "prefetch")
     FREE_MODEL = ("sampler", "num_samples")  # and the paths of weights: their content counts
 
@@ -178,6 +179,8 @@ def train(config: Config, workdir: str) -> None:
     run = build(config)
     with jax.set_mesh(run.mesh), Interrupt() as interrupt:
         frozen = run.task.load_frozen()
+        if config.evaluate.features:
+            evaluate.prepare(run)  # a mistake there is told before the first step
         saver = checkpoint.Checkpointer(workdir, config.checkpoint, identity(config, frozen))
         frozen = jax.device_put(frozen, partition.replicated(run.mesh))
         state, start = saver.restore_latest(run.state) or (run.init(jax.random.key(config.seed)), 0)
