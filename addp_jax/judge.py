@@ -34,10 +34,9 @@ class Judge:
         identity = info["identity"]
         if "convnet" not in params or "model" not in identity:
             raise errors.UserError(f"{workdir} is no run of the task convnet; train one with --config=configs/demo_judge.py")
-        net, self.params = features.convnet_of(workdir, params, identity)
-        self.net = net
+        self.net, self.params = features.convnet_of(workdir, params, identity)
         self.data = schema.build(pipeline.Config, identity["data"], "config.data")
-        self._predict = jax.jit(lambda params, image: jax.nn.softmax(net.apply({"params": params}, image)))
+        self._predict = jax.jit(lambda params, image: jax.nn.softmax(self.net.apply({"params": params}, image)))
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """uint8 [N,H,W,3], of the judge's size or resized to it (bicubic, central square) -> float32 [N,C]."""

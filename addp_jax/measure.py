@@ -85,7 +85,7 @@ def departures(protocol: Protocol, real, samples, net, has_moments: bool) -> lis
 
 
 def describe(images: image_set.ImageSet) -> dict:
-    return {"path": images.path, "images": len(images), "size": list(images.size), "hash": images.content_hash()}
+    return {"path": images.path, "images": len(images), "size": list(images.size), "hash": images.content_hash}
 
 
 def gather(images: image_set.ImageSet, net, batch_size: int) -> feature_sets.FeatureSet:
@@ -106,7 +106,7 @@ def read_reference(real: image_set.ImageSet, net, batch_size: int, cache: str):
     A cached file is named by the hashes of images and weights, so it can be neither stale nor another network's.
     """
     folder = pathlib.Path(cache).expanduser()
-    path = folder / f"{real.content_hash()}-{len(real)}-{net.weights}.npz"
+    path = folder / f"{real.content_hash}-{len(real)}-{net.weights}.npz"
     reference = load_cached(path)
     if reference is None:
         reference = gather(real, net, batch_size)
@@ -176,6 +176,17 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
+def check(images: image_set.ImageSet, net) -> None:
+    """Raises UserError for a set that `net` cannot measure."""
+    if len(images) < 2:
+        raise errors.UserError(f"{images.flag}={images.path}: {len(images)} image; a set to measure needs at least 2")
+    height, width = images.size
+    if net.size and height != width:
+        raise errors.UserError(
+            f"{images.flag}={images.path}: {width}x{height} pixels, but --features takes squares: {image_set.PREPARE}"
+        )
+
+
 def run(options) -> dict:
     if options.num < 0 or options.batch_size < 1:
         raise errors.UserError(f"--num={options.num} --batch_size={options.batch_size}: use positive numbers")
@@ -183,10 +194,9 @@ def run(options) -> dict:
     real = image_set.ImageSet(options.real, options.num, "--real")
     samples = image_set.ImageSet(options.samples, options.num, "--samples")
     with jax.set_mesh(mesh):
-        for images in (real, samples):
-            if len(images) < 2:
-                raise errors.UserError(f"{images.flag}={images.path}: {len(images)} image; a set to measure needs at least 2")
         net = features.load(options.features, options.weights, mesh, "--features", "--weights")
+        for images in (real, samples):
+            check(images, net)
         batch_size = -(-options.batch_size // mesh.size) * mesh.size
         return measure(real, samples, net, options.protocol, batch_size, options.cache)
 

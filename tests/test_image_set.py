@@ -47,7 +47,7 @@ def test_a_folder_and_an_npz_hold_the_same_images(tmp_path, save_npz):
 
 
 def test_the_hash_is_of_content_and_order_not_of_names(tmp_path):
-    digest = lambda path: image_set.ImageSet(str(path), 0, "--real").content_hash()
+    digest = lambda path: image_set.ImageSet(str(path), 0, "--real").content_hash
     for name, images in (("one", pictures(3)), ("other", pictures(3)), ("turned", pictures(3)[::-1])):
         (tmp_path / name).mkdir()
         save(tmp_path / name, images)

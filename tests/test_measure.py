@@ -134,6 +134,8 @@ def test_mistakes_are_one_line(run_folder, tmp_path, capsys):
     given = dict(real=real, samples=real, features=run_folder)
     assert "holds 4 images, fewer than the 5 asked for" in refused(capsys, tmp_path, **given, num=5)
     assert "needs at least 2" in refused(capsys, tmp_path, **given | {"samples": few})
+    wide = archive(tmp_path / "wide.npz", arr_0=pictures(4)[:, :8])
+    assert "16x8 pixels, but --features takes squares" in refused(capsys, tmp_path, **given | {"real": wide})
     assert "--weights: no file" in refused(capsys, tmp_path, real=real, samples=real)
     assert "--weights: " in refused(capsys, tmp_path, real=real, samples=real, weights=tmp_path / "none.safetensors")
     assert "no checkpoint in" in refused(capsys, tmp_path, **given | {"features": real})

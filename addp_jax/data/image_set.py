@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import hashlib
 import os
 import zipfile
@@ -44,6 +45,7 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self._chosen)
 
+    @functools.cached_property
     def content_hash(self) -> str:
         """16 hex digits from the bytes of the files, in order, whatever their names."""
         digest = hashlib.blake2b(digest_size=8)
