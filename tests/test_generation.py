@@ -79,6 +79,16 @@ def test_fid_of_covariances_that_do_not_commute():
     np.testing.assert_allclose(distance, expected, rtol=CLOSED_FORM)
 
 
+def test_noise_of_singular_covariances_does_not_count():
+    """Fewer rows than columns, in two spaces at right angles: nothing overlaps, and the distance is that of the traces."""
+    rng = np.random.default_rng(0)
+    rotation = np.linalg.qr(rng.normal(size=(300, 300)))[0]
+    sets_of_rows = [rng.normal(size=(60, 100)) @ rotation[part : part + 100] for part in (0, 150)]
+    gaussians = [gaussian(rows - rows.mean(0)) for rows in sets_of_rows]
+    expected = sum(np.trace(one.covariance) for one in gaussians)
+    np.testing.assert_allclose(generation.frechet_distance(*gaussians), expected, rtol=CLOSED_FORM)
+
+
 @pytest.mark.parametrize("count", (30, 1500))  # fewer rows than columns, and more
 def test_a_set_against_itself(count):
     rows = sets()[0][:count]
