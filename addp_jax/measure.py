@@ -52,15 +52,15 @@ IMAGE_SIZE = (256, 256)  # pixels, of either protocol
 MOMENTS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # arrays of ADM's files and of ours
 
 
-def measure(real: image_set.ImageSet, samples: image_set.ImageSet, net, protocol_name: str, batch_size: int, cache: str) -> dict:
-    """Everything that the command prints; see the module."""
-    protocol = PROTOCOLS[protocol_name]
+def measure(real: image_set.ImageSet, samples: image_set.ImageSet, net, name: str, batch_size: int, cache: str) -> dict:
+    """Everything that the command prints; see the module. name: of the protocol."""
+    protocol = PROTOCOLS[name]
     reference, has_moments = read_reference(real, net, batch_size, cache)
     values = feature_sets.compare(reference, gather(samples, net, batch_size), protocol.seed)
     return {
         **feature_sets.named(values, net.name, len(samples)),
         "protocol": {
-            "name": protocol_name,
+            "name": name,
             "reference": protocol.reference,
             "departures": departures(protocol, real, samples, net, has_moments),
         },
@@ -114,7 +114,9 @@ def read_reference(real: image_set.ImageSet, net, batch_size: int, cache: str):
     given = given_moments(real)
     if given:
         if net.name != features.INCEPTION:
-            raise errors.UserError(f"--real={real.path}: its moments are those of Inception's features; use --features={features.INCEPTION}")
+            raise errors.UserError(
+                f"--real={real.path}: its moments are those of Inception's features; use --features={features.INCEPTION}"
+            )
         return feature_sets.FeatureSet.of(given, reference.pool), True
     return reference, False
 
@@ -159,7 +161,8 @@ def save_cached(path: pathlib.Path, reference: feature_sets.FeatureSet) -> None:
             np.savez(file, **arrays)
         os.replace(temporary, path)
     except OSError as error:
-        raise errors.UserError(f"--cache={path.parent}: {error.strerror or error}; give a folder that can be written to") from error
+        reason = error.strerror or error
+        raise errors.UserError(f"--cache={path.parent}: {reason}; give a folder that can be written to") from error
 
 
 def parse(argv):

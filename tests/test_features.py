@@ -74,7 +74,8 @@ def test_images_of_another_size_are_resized_and_weights_tell_networks_apart(tmp_
     np.testing.assert_allclose(large["pool"], nets[0](flat)["pool"], atol=SAME)
 
 
-def test_a_run_without_features_is_refused(tmp_path, mesh):
-    checkpoint.save_params(tmp_path, {"tokenizer": {"codebook": np.zeros((2, 2), np.float32)}}, {})
+@pytest.mark.parametrize("network, identity", (("tokenizer", {"model": {"net": CONVNET}}), ("convnet", {})))
+def test_a_run_of_another_network_or_without_its_config_is_refused(tmp_path, mesh, network, identity):
+    checkpoint.save_params(tmp_path, {network: {"codebook": np.zeros((2, 2), np.float32)}}, identity)
     with pytest.raises(errors.UserError, match="neither convnet nor addp"):
         load(tmp_path, mesh)
