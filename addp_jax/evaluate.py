@@ -2,28 +2,131 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import hashlib
 import itertools
 import json
 
 import jax
+import numpy as np
 
-from addp_jax import checkpoint, errors, partition, writers
+from addp_jax import checkpoint, errors, partition, samplers, writers
 from addp_jax.data import pipeline
-from addp_jax.interop import weights
+from addp_jax.interop import features, weights
+from addp_jax.metrics import feature_sets
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Fields of `config.evaluate`: how far the model's own images are from the evaluation split's."""
+
+    features: str = ""  # inception, or the work directory of a convnet or addp run; "" = no distances
+    inception_weights: str = ""
+    num_images: int = 2000  # of the split, spread evenly, and as many of the model's; the names end in it: fid_2k
+    batch_size: int = 64
+    seed: int = 0  # of the samples
+
+    def __post_init__(self):
+        for name, least in (("num_images", 2), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise errors.UserError(f"config.evaluate.{name}: {getattr(self, name)}; use at least {least}")
 
 
 def run(program, state, frozen) -> tuple[dict, dict]:
-    """The task's evaluation of (averaged, where there is an average) parameters on `config.eval_batches` batches (0 = all)."""
+    """`(scalars, images)` of (averaged, where there is an average) parameters: the task's evaluation on
+    `config.eval_batches` batches (0 = all), and the distances of `config.evaluate`, if any."""
+    params = state.params if state.ema_params is None else state.ema_params
+    scalars, images = task_results(program, params, frozen)
+    return scalars | distances(program, params, frozen)[0], images
+
+
+def task_results(program, params, frozen) -> tuple[dict, dict]:
     config, task = program.config, program.task
     source = pipeline.open_source(config.data, "eval", task.image_size)
+    batches = on_device(program, source, config.batch_size)
+    return task.evaluate(params, frozen, itertools.islice(batches, config.eval_batches or None))
+
+
+def on_device(program, source, batch_size: int):
+    """Every example of `source` once, in padded batches of the evaluation's transform."""
+    config = program.config.data
     batches = pipeline.eval_batches(
-        source, task.transform("eval", config.data), batch_size=config.batch_size, config=config.data,
+        source, program.task.transform("eval", config), batch_size=batch_size, config=config,
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
-    on_device = pipeline.to_device(batches, partition.batch_sharding(program.mesh))
-    limited = itertools.islice(on_device, config.eval_batches or None)
-    params = state.params if state.ema_params is None else state.ema_params
-    return task.evaluate(params, frozen, limited)
+    return pipeline.to_device(batches, partition.batch_sharding(program.mesh))
+
+
+def distances(program, params, frozen) -> tuple[dict, dict]:
+    """Between the evaluation split and reconstructions of it (a tokenizer), or samples (a token predictor, ADDP).
+
+    Returns the measures, named by network and number of images, those of reconstructions with an r before; and what
+    they come from. Both {} where `config.evaluate.features` is empty.
+    """
+    config, mesh = program.config.evaluate, program.mesh
+    if not config.features:
+        return {}, {}
+    net, make, source = prepare(program)
+    sets = {name: (feature_sets.FeatureSet(), hashlib.blake2b(digest_size=8)) for name in ("real", "samples")}
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    batch_size = -(-config.batch_size // shards) * shards
+    for index, batch in enumerate(on_device(program, source, batch_size)):
+        first = index * batch_size
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(config.seed), np.arange(first, first + batch_size))
+        made = make((params, frozen), (keys, batch["image"] / np.float32(255)))
+        for (gathered, digest), image in zip(sets.values(), (batch["image"], made)):
+            left = config.num_images - first
+            gathered.add({name: rows[:left] for name, rows in net(image).items()})
+            digest.update(np.ascontiguousarray(np.asarray(everywhere(image))[:left]))
+    values = feature_sets.compare(*(gathered for gathered, _ in sets.values()))
+    if reconstructs(program.task):
+        values = {"frechet": values["frechet"]}
+    prefix = "r" if reconstructs(program.task) else ""
+    named = feature_sets.named(values, net.name, config.num_images)
+    return {prefix + name: value for name, value in named.items()}, {
+        "protocol": f"{config.num_images} images of the evaluation split, spread evenly, and as many of the model's",
+        "seed": config.seed,
+        "features": {"network": net.name, "weights": net.weights},
+        **{name: {"images": config.num_images, "hash": digest.hexdigest()} for name, (_, digest) in sets.items()},
+    }
+
+
+@jax.jit
+def everywhere(image):
+    """[B,H,W,3] whole on every device, so that every process can read it."""
+    return partition.constrain(image, None, None, None, None)
+
+
+def reconstructs(task) -> bool:
+    return hasattr(task, "reconstruct")
+
+
+def prepare(program):
+    """What `distances` needs: the feature network, what makes the model's images, the real ones.
+
+    Raises UserError when `config.evaluate` asks for what is not there.
+    """
+    config, task, data = program.config.evaluate, program.task, program.config.data
+    source = pipeline.open_source(data, "eval", task.image_size)
+    if len(source) < config.num_images:
+        raise errors.UserError(
+            f"config.evaluate.num_images: {config.num_images}, but the evaluation split has {len(source)} images; lower it"
+        )
+    return *compiled(config, task, program.mesh), pipeline.Part(source, config.num_images)
+
+
+@functools.cache  # the second evaluation compiles nothing
+def compiled(config: Config, task, mesh):
+    """(feature network, jitted `((params, frozen), (keys [B], images [B,H,W,3])) -> uint8 [B,H,W,3]`)."""
+    if reconstructs(task):
+        make = lambda nets, batch: samplers.to_uint8(task.reconstruct(*nets, batch[1]))
+    elif hasattr(task, "nets"):
+        make = samplers.per_device(task, 1.0, mesh)
+    else:
+        raise errors.UserError('config.evaluate.features: this task makes no images to compare; use ""')
+    fields = "config.evaluate.features", "config.evaluate.inception_weights"
+    return features.load(config.features, config.inception_weights, mesh, *fields), jax.jit(make)
 
 
 def load(program, workdir: str):
@@ -40,10 +143,10 @@ def evaluate(program, workdir: str) -> None:
     """`--mode=evaluate`: prints the results as one JSON line and writes the pictures to `workdir`."""
     with jax.set_mesh(program.mesh):
         params, frozen = load(program, workdir)
-        state = program.state.replace(params=params, ema_params=None)
-        scalars, images = run(program, state, frozen)
+        scalars, images = task_results(program, params, frozen)
+        measures, provenance = distances(program, params, frozen)
     if not scalars:
         raise errors.UserError("config.data: the evaluation split is empty")
     for path in writers.save_pictures(f"{workdir}/evaluation", images):
         print(path)
-    print(json.dumps(scalars))
+    print(json.dumps(scalars | measures | provenance))

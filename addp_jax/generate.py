@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from addp_jax import errors, evaluate, partition, samplers, writers
+from addp_jax import errors, evaluate, samplers, writers
 from addp_jax.data import sources, transforms
 
 
@@ -46,7 +46,7 @@ def generate(program, config: Config, workdir: str) -> None:
     with jax.set_mesh(program.mesh):
         params, frozen = evaluate.load(program, workdir)
         starts = Starts(config, task.config.tokenizer.image_size)
-        sample = jax.jit(make_sample(task, config.mask_ratio, program.mesh))
+        sample = jax.jit(samplers.per_device(task, config.mask_ratio, program.mesh))
         shards = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
         batch_size = -(-config.batch_size // shards) * shards  # as many images on each device
         progress = writers.Progress(len(starts), 0, unit="image")
@@ -64,7 +64,7 @@ class Starts:
 
     def __init__(self, config: Config, size: int):
         self.config, self.size = config, size
-        self.source = sources.open_folder(config.images) if config.images else None
+        self.source = sources.open_folder(config.images, "config.generate.images") if config.images else None
         self.to_size = transforms.eval_image(size)
 
     def __len__(self) -> int:
@@ -79,23 +79,6 @@ class Starts:
             rng = np.random.default_rng(0)
             images = np.stack([self.to_size(self.source[int(i)], rng)["image"] for i in index]) / np.float32(255)
         return keys, images
-
-
-def make_sample(task, mask_ratio: float, mesh):
-    """`((params, frozen), (keys, images)) -> uint8 [B,H,W,3]`; each device samples its own images."""
-
-    def run(nets_params, batch):
-        nets = task.nets(*nets_params)
-        carry = samplers.start(nets, *batch, mask_ratio)
-        carry, _ = samplers.sample(task.sampler, task.sampler_config, nets, batch[0], carry, mask_ratio)
-        return to_uint8(carry.image)
-
-    return partition.per_device(run, mesh)
-
-
-def to_uint8(image: jax.Array) -> jax.Array:
-    """[0,1] -> 0..255, truncated as the release does (0.999 -> 254)."""
-    return jnp.clip(image * 255, 0, 255).astype(jnp.uint8)
 
 
 def film_strips(task, params, frozen, starts: Starts, config: Config):
@@ -114,7 +97,7 @@ def film_strips(task, params, frozen, starts: Starts, config: Config):
         _, frames = samplers.sample(task.sampler, task.sampler_config, nets, keys, carry, config.mask_ratio, keep_frames=True)
         if config.images:
             frames = jnp.concatenate([images[None], frames])
-        return to_uint8(frames.swapaxes(0, 1))
+        return samplers.to_uint8(frames.swapaxes(0, 1))
 
     return np.asarray(run(params, frozen, *starts.batch(0, count)))
 

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from addp_jax import checkpoint, errors, parameters, schema, writers
+from addp_jax import checkpoint, errors, schema, writers
 from addp_jax.data import pipeline, transforms
-from addp_jax.models import convnet
+from addp_jax.interop import features
 from addp_jax.tasks import convnet as task
 
 NAMED = 0.8  # top class probability above which a sample counts as recognisable
@@ -34,11 +34,9 @@ class Judge:
         identity = info["identity"]
         if "convnet" not in params or "model" not in identity:
             raise errors.UserError(f"{workdir} is no run of the task convnet; train one with --config=configs/demo_judge.py")
-        net = convnet.ConvNet(schema.build(convnet.Config, identity["model"]["net"], "config.model.net"))
-        expected = jax.eval_shape(lambda rng: convnet.init(net, rng), jax.random.key(0))
-        self.net, self.params = net, parameters.match(params["convnet"], expected, where=workdir)
+        self.net, self.params = features.convnet_of(workdir, params, identity)
         self.data = schema.build(pipeline.Config, identity["data"], "config.data")
-        self._predict = jax.jit(lambda params, image: jax.nn.softmax(net.apply({"params": params}, image)))
+        self._predict = jax.jit(lambda params, image: jax.nn.softmax(self.net.apply({"params": params}, image)))
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """uint8 [N,H,W,3], of the judge's size or resized to it (bicubic, central square) -> float32 [N,C]."""

@@ -38,9 +38,10 @@ class Config:
     checkpoint: checkpoint.Config
     generate: Any
     init: str = ""  # run folder or weight file that the trained network starts from; "" = random
+    evaluate: evaluate.Config = evaluate.Config()
     # What may change between two starts of one run, because no number depends on it.
     # The path of `init` may change as well: the content counts.
-    FREE = ("init", "mesh", "checkpoint", "generate", "log_every", "eval_every", "eval_batches")
+    FREE = ("init", "mesh", "checkpoint", "generate", "evaluate", "log_every", "eval_every", "eval_batches")
     FREE_DATA = ("workers", "threads", "prefetch")
     FREE_MODEL = ("sampler", "num_samples")  # and the paths of weights: their content counts
 
@@ -184,6 +185,8 @@ def train(config: Config, workdir: str) -> None:
         frozen, initial = run.task.load_frozen(), {}
         if config.init:
             initial = weights.fit(weights.read(config.init, field="config.init: "), run.state.params, f"config.init ({config.init})")
+        if config.evaluate.features:
+            evaluate.prepare(run)  # a mistake there is told before the first step
         saver = checkpoint.Checkpointer(workdir, config.checkpoint, identity(config, frozen, initial))
         frozen = jax.device_put(frozen, partition.replicated(run.mesh))
         state, start = saver.restore_latest(run.state) or (first_state(run, initial), 0)

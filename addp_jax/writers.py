@@ -28,6 +28,7 @@ from addp_jax import errors
 
 PLAIN_SECONDS = 10.0  # between progress lines in a log file
 BAR_WIDTH = 24
+PANELS_PER_ROW = 5  # of the curves
 FLUSH_SECONDS = 10.0  # the most that a kill takes from the TensorBoard events
 HISTOGRAM_BINS = 64
 RATE_WINDOW = 20  # drawn lines over which steps/s is measured
@@ -254,8 +255,13 @@ def curves(log_path, out_png, keys=()):
     keys = keys or ["train/loss", *evaluated]
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
         # A Figure of its own, without pyplot: needs no display and leaves no global state.
-        canvas = figure.Figure(figsize=(3.2 * len(keys), 2.4), layout="constrained")
-        for axes, key in zip(canvas.subplots(1, len(keys), squeeze=False)[0], keys):
+        columns = min(len(keys), PANELS_PER_ROW)
+        rows = math.ceil(len(keys) / columns)
+        canvas = figure.Figure(figsize=(3.2 * columns, 2.4 * rows), layout="constrained")
+        panels = canvas.subplots(rows, columns, squeeze=False).ravel()
+        for axes in panels[len(keys) :]:
+            axes.set_axis_off()
+        for axes, key in zip(panels, keys):
             points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
             if points:
                 axes.plot(*zip(*points), linewidth=1.4)

@@ -69,7 +69,19 @@ def run(task: str, **model) -> ConfigDict:
             mask_ratio=1.0,  # tokens of an own image that are drawn anew
             strips=4,  # film strips of the denoising steps
         ),
+        evaluate=evaluation(),
     ))  # fmt: skip
+
+
+def evaluation():
+    """`config.evaluate`: distances between the evaluation split and the model's own images, at every evaluation."""
+    return dict(
+        features="",  # inception, or the work directory of a convnet or addp run; "" = no distances
+        inception_weights="",  # pt_inception-2015-12-05-6726825d, .pth or .safetensors
+        num_images=2000,  # of the split, spread evenly, and as many of the model's; the names end in it: fid_2k
+        batch_size=64,
+        seed=0,  # of the samples
+    )
 
 
 def tokenizer(image_size=256, channels=128, multipliers=(1, 1, 2, 2, 4), num_codes=1024, code_width=256, num_groups=32, num_res_blocks=2, codebook_scale=1.0):
@@ -171,7 +183,8 @@ def tokenizer_task(net):
         adversary_weight=0.1,  # 0 = no adversary
         r1_weight=10.0,  # gradient penalty of the adversary
         perceptual_weight=0.1,
-        perceptual_weights="",  # torchvision's vgg16 as a .safetensors file; "" = no perceptual term
+        perceptual_weights="",  # torchvision's vgg16 .pth or .safetensors; "" = no perceptual term
+        lpips_weights="",  # LPIPS' v0.1/vgg .pth or .safetensors, for the evaluation, with perceptual_weights; "" = no LPIPS
     )
 
 
@@ -250,4 +263,5 @@ def tiny(config):
     config.optim.update(warmup_steps=1, base_lr=1e-2)
     config.checkpoint.update(every=2)
     config.generate.update(num_images=4, batch_size=4, strips=2)
+    config.evaluate.update(num_images=16, batch_size=8)
     return config

@@ -1,14 +1,18 @@
 """The tokenizer's adversary and the perceptual distance."""
 
+import zlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_reconstruction
 
 from addp_jax import partition
 from addp_jax.models import adversary, perceptual
 
 SIZE = 16  # pixels
+LPIPS_AGREEMENT = 1e-4  # relative
 TINY = adversary.Config(channels=4, max_channels=8)
 
 
@@ -132,3 +136,24 @@ def test_perceptual_distance_has_a_finite_gradient_at_zero(vgg_arrays):
     image = jnp.zeros((1, SIZE, SIZE, 3))
     gradient = jax.jit(jax.grad(lambda other: perceptual.distance(params, image, other).sum()))(image)
     assert jnp.isfinite(gradient).all()
+
+
+def lpips_draw(name, shape):
+    noise = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+    if name.startswith("lin"):
+        return (np.abs(noise) / shape[1]).astype(np.float32)
+    return (noise * (np.sqrt(2 / np.prod(shape[1:])) if len(shape) > 1 else 0.1)).astype(np.float32)
+
+
+def test_lpips_agrees_with_torch_fidelity():
+    """Random weights in both, on the images of test_reconstruction.py (torch-fidelity 0.4.0, torch 2.13.0)."""
+    arrays, inputs = {}, 3
+    for stage, (width, indices) in enumerate(perceptual.STAGES):
+        arrays[f"lin{stage}.model.1.weight"] = (1, width, 1, 1)
+        for index in indices:
+            arrays |= {f"features.{index}.weight": (width, inputs, 3, 3), f"features.{index}.bias": (width,)}
+            inputs = width
+    arrays = {name: lpips_draw(name, shape) for name, shape in arrays.items()}
+    params = perceptual.params_from_torchvision(arrays)
+    distance = jax.jit(perceptual.lpips)(params, perceptual.lpips_from_torch(arrays), *test_reconstruction.pairs())
+    np.testing.assert_allclose(distance, [0.0004976266645826399, 0.007274126634001732], rtol=LPIPS_AGREEMENT)

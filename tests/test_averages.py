@@ -42,3 +42,11 @@ def test_booleans_average_to_shares():
 def test_without_examples_there_is_no_mean():
     assert averages.mean_over([]) == {}
     assert averages.mean_over([({"value": np.array([1.0])}, np.array([False]))]) == {}
+
+
+def test_losses_by_mask_ratio():
+    losses = averages.ByMaskRatio()
+    assert losses.means() == {}
+    losses.add(np.float32([0.51, 0.6, 0.61]), jnp.asarray([1.0, 3.0, 5.0]), np.ones(3, bool))
+    losses.add(np.float32([1.0, 0.95, 0.2, 0.9]), np.array([7.0, 9.0, np.nan, 11.0]), np.array([True, True, False, True]))
+    assert losses.means() == {"loss_mask_50_60": 2, "loss_mask_60_70": 5, "loss_mask_80_90": 11, "loss_mask_90_100": 8}

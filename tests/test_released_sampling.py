@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import released
 
-from addp_jax import diffusion, generate, samplers
+from addp_jax import diffusion, samplers
 from addp_jax.models import pixel_to_token, tokenizer
 from addp_jax.samplers import alternating
 
@@ -63,7 +63,7 @@ def test_trajectory_agrees(name):
             expected = gold["logits_at_pos"][index // 6]
             found = np.asarray(logits)[:, gold["logits_pos"][:2]]
             assert np.abs(found - expected).max() <= LOGITS * np.abs(expected).max()
-    png = np.asarray(generate.to_uint8(carry.image))[:, ::4, ::4].astype(int)
+    png = np.asarray(samplers.to_uint8(carry.image))[:, ::4, ::4].astype(int)
     assert np.abs(png - gold["final_png"]).max() <= 1
     assert (png == gold["final_png"]).mean() > 0.999
     assert steps[-1][1].step == config.steps - 1 and len(steps) >= config.steps - 1

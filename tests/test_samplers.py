@@ -11,7 +11,7 @@ import numpy as np
 import programs
 import pytest
 
-from addp_jax import diffusion, generate, partition, samplers, schema
+from addp_jax import diffusion, partition, samplers, schema
 from addp_jax.models import pixel_to_token, tokenizer
 from addp_jax.samplers import alternating, token_only
 from addp_jax.tasks import addp
@@ -239,7 +239,7 @@ def test_eight_devices_make_the_images_of_one():
         mesh = partition.make_mesh(partition.Config(), jax.devices()[:count])
         keys = jax.random.key_data(jax.random.split(jax.random.key(3), 8))
         with jax.set_mesh(mesh):
-            sample = jit(generate.make_sample(task, 1.0, mesh))
+            sample = jit(samplers.per_device(task, 1.0, mesh))
             keys = jax.random.wrap_key_data(jax.device_put(np.asarray(keys), partition.batch_sharding(mesh)))
             found.append(np.asarray(sample((params, frozen), (keys, np.zeros((8, 16, 16, 3), np.float32)))).astype(int))
     assert np.abs(found[0] - found[1]).max() <= 1 and len(np.unique(found[0], axis=0)) == 8

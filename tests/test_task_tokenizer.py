@@ -213,7 +213,7 @@ def test_evaluation_counts_every_valid_example_once():
     last["valid"] = np.array([True, True, False, False])
     one, _ = evaluate([whole])
     two, _ = evaluate([first, last])
-    assert set(one) == {"mse", "psnr", "codebook_usage", "perplexity"}
+    assert set(one) == {"mse", "psnr", "ssim", "codebook_usage", "perplexity"}
     for name in one:
         np.testing.assert_allclose(one[name], two[name], rtol=1e-5)
 
@@ -258,6 +258,18 @@ def test_perceptual_term_comes_with_its_weights_and_trains_the_tokenizer(tmp_pat
     assert value > 0 and size(found["tokenizer"]["decoder"]) > 0 and set(params) == {"tokenizer"}
     for without in (ALONE, dataclasses.replace(config, perceptual_weight=0.0)):
         assert task_tokenizer.Task(without, jnp.float32).load_frozen() == {}
+
+    lpips = {f"lin{stage}.model.1.weight": np.ones((1, width, 1, 1), np.float32) for stage, (width, _) in enumerate(stages)}
+    safetensors.numpy.save_file(lpips, tmp_path / "lpips.safetensors")
+    with_lpips = dataclasses.replace(config, lpips_weights=str(tmp_path / "lpips.safetensors"))
+    task = task_tokenizer.Task(with_lpips, jnp.float32)
+    scalars, _ = task.evaluate(params, frozen, [batch()])
+    # With all channel weights 1 it is the training's distance summed, not averaged, over the stages.
+    image = batch()["image"].astype(np.float32) / 255
+    found = jnp.clip(task.reconstruct(params, frozen, image), 0, 1)
+    np.testing.assert_allclose(scalars["lpips"], 2 * perceptual.distance(frozen["perceptual"], image, found).mean(), rtol=RTOL)
+    with pytest.raises(errors.UserError, match="config.model.lpips_weights needs config.model.perceptual_weights"):
+        task_tokenizer.Task(dataclasses.replace(with_lpips, perceptual_weights=""), jnp.float32).load_frozen()
 
 
 @pytest.mark.parametrize("content", (None, b"not weights", {"features.0.weight": np.zeros((64, 3, 3, 3), np.float32)}))

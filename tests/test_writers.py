@@ -249,7 +249,10 @@ def test_curves_draw_a_panel_per_key(tmp_path):
     for step in range(5):
         writer.scalars(step, {"loss": float("nan") if step == 2 else 5 - step, "accuracy": step})
     writer.close()
-    for count, keys in enumerate((["loss"], ["loss", "accuracy", "absent"])):
-        writers.curves(tmp_path / "log.jsonl", tmp_path / f"{count}.png", keys)
-    one, three = (np.asarray(Image.open(tmp_path / f"{count}.png").convert("RGB")) for count in (0, 1))
+    drawn = []
+    for keys in (["loss"], ["loss", "accuracy", "absent"], ["loss"] * (writers.PANELS_PER_ROW + 1)):
+        writers.curves(tmp_path / "log.jsonl", tmp_path / "curves.png", keys)
+        drawn.append(np.asarray(Image.open(tmp_path / "curves.png").convert("RGB")))
+    one, three, many = drawn
     assert three.shape[1] == 3 * one.shape[1] and one.std() > 5
+    assert many.shape[:2] == (2 * one.shape[0], writers.PANELS_PER_ROW * one.shape[1])

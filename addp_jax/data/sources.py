@@ -118,14 +118,14 @@ class ImageFolder(Files):
         super().__init__(folder, paths, labels, tuple(classes))
 
 
-def open_folder(root: str) -> Files:
-    """Every image below `root`, in sorted order, all with label 0: a person's own pictures.
+def open_folder(root: str, field: str) -> Files:
+    """Every image below `root`, in sorted order, all with label 0; `field`: where the user set it, for messages.
 
     Raises UserError: no such folder, or no images in it.
     """
     paths = _images(root) if os.path.isdir(root) else []
     if not paths:
-        raise errors.UserError(f"config.generate.images: no images (jpg, jpeg, png, webp, bmp) in {root!r}")
+        raise errors.UserError(f"{field}: no images (jpg, jpeg, png, webp, bmp) in {root!r}")
     return Files(root, paths, [0] * len(paths), ())
 
 

@@ -18,7 +18,7 @@ _CROP_TRIES = 10
 _ASPECT_RATIOS = (3 / 4, 4 / 3)
 
 
-def decode(image: bytes | np.ndarray, where: str) -> np.ndarray:
+def decode(image: bytes | np.ndarray, where: str, upright: bool = True) -> np.ndarray:
     """Reads an encoded image, or checks an array, into uint8 RGB [H,W,3], not to be written to.
 
     Any PIL mode is accepted: transparency is dropped, 16-bit grey is scaled to
@@ -30,6 +30,7 @@ def decode(image: bytes | np.ndarray, where: str) -> np.ndarray:
     Args:
       image: the bytes of a file, or an array [H,W], [H,W,1], [H,W,3] or [H,W,4].
       where: the file, for the error message.
+      upright: False leaves a file's pixels as they are stored.
 
     Raises:
       UserError: the bytes are no image, are truncated or unreasonably large, or
@@ -40,7 +41,7 @@ def decode(image: bytes | np.ndarray, where: str) -> np.ndarray:
     try:
         picture = Image.open(io.BytesIO(image))
         picture.load()
-        return np.asarray(_rgb(_upright(picture)))
+        return np.asarray(_rgb(_upright(picture) if upright else picture))
     # A damaged file makes PIL raise nearly anything: OSError, SyntaxError, struct.error, ...
     except Exception as error:
         reason = "not an image file" if isinstance(error, Image.UnidentifiedImageError) else _one_line(error)
@@ -78,20 +79,20 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bicubic with antialiasing: uint8 [H,W,3] -> uint8 [height,width,3]."""
+def resize(image: np.ndarray, height: int, width: int, filter=Image.Resampling.BICUBIC) -> np.ndarray:
+    """PIL's resize, which antialiases: uint8 [H,W,3] -> uint8 [height,width,3]."""
     if image.shape[:2] == (height, width):
         return image
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(image).resize((width, height), filter))
 
 
-def centre_square(image: np.ndarray, short: int, size: int) -> np.ndarray:
+def centre_square(image: np.ndarray, short: int, size: int, filter=Image.Resampling.BICUBIC) -> np.ndarray:
     """Resizes the short side to `short` pixels, then cuts the central [size,size,3]."""
     height, width = image.shape[:2]
     if height <= width:
-        image = resize(image, short, int(short * width / height))
+        image = resize(image, short, int(short * width / height), filter)
     else:
-        image = resize(image, int(short * height / width), short)
+        image = resize(image, int(short * height / width), short, filter)
     top = int(round((image.shape[0] - size) / 2.0))
     left = int(round((image.shape[1] - size) / 2.0))
     return image[top : top + size, left : left + size]

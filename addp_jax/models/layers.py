@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -162,3 +163,12 @@ class TokenHead(nn.Module):
         table = jax.lax.stop_gradient(token_embed).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (token_embed.shape[0],))
         return jnp.einsum("bmd,vd->bmv", hidden, table, preferred_element_type=jnp.float32) + bias[None, None]
+
+
+def torch_array(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """float32 entry `name` of a torch state dict. Raises KeyError if it is missing, ValueError if its shape differs."""
+    if name not in arrays:
+        raise KeyError(f"no entry {name}")
+    if tuple(arrays[name].shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(arrays[name].shape)}, expected {shape}")
+    return np.asarray(arrays[name], np.float32)

@@ -14,6 +14,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from addp_jax.models import layers
+
 # Of each stage: its width, and the index N of its convolutions in torchvision's `features.N`.
 STAGES = ((64, (0, 2)), (128, (5, 7)), (256, (10, 12, 14)), (512, (17, 19, 21)), (512, (24, 26, 28)))
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in [0,1]
@@ -48,20 +50,20 @@ def params_from_torchvision(arrays: Mapping[str, np.ndarray]) -> dict:
     ValueError naming one of the wrong shape.
     """
 
-    def take(name, shape):
-        if name not in arrays:
-            raise KeyError(f"no entry {name}")
-        if tuple(arrays[name].shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(arrays[name].shape)}, expected {shape}")
-        return np.asarray(arrays[name], np.float32)
-
     params, inputs = {}, 3
     for width, indices in STAGES:
         for index in indices:
-            kernel = take(f"features.{index}.weight", (width, inputs, 3, 3)).transpose(2, 3, 1, 0)
-            params[f"conv{index}"] = {"kernel": kernel, "bias": take(f"features.{index}.bias", (width,))}
+            kernel = layers.torch_array(arrays, f"features.{index}.weight", (width, inputs, 3, 3)).transpose(2, 3, 1, 0)
+            bias = layers.torch_array(arrays, f"features.{index}.bias", (width,))
+            params[f"conv{index}"] = {"kernel": kernel, "bias": bias}
             inputs = width
     return params
+
+
+def lpips_from_torch(arrays: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """The learned weight of each stage's channels, from the state dict of LPIPS' v0.1/vgg.pth. Errors as above."""
+    names = [f"lin{stage}.model.1.weight" for stage in range(len(STAGES))]
+    return [layers.torch_array(arrays, name, (1, width, 1, 1)).reshape(-1) for name, (width, _) in zip(names, STAGES)]
 
 
 def distance(params, image, other, dtype=jnp.float32):
@@ -69,6 +71,21 @@ def distance(params, image, other, dtype=jnp.float32):
 
     Mean over the stages and places of the squared difference of the channel vectors, each scaled to length one.
     """
+    stages = [gap.sum(-1).mean((1, 2)) for gap in squared_gaps(params, image, other, dtype)]
+    return sum(stages) / len(stages)
+
+
+def lpips(params, channel_weights, image, other):
+    """LPIPS (arXiv:1801.03924, version 0.1, VGG16) of two batches [B,H,W,3] in [0,1] -> float32 [B].
+
+    channel_weights: of `lpips_from_torch`. The sum over the stages of the mean over the places.
+    """
+    gaps = squared_gaps(params, image, other, jnp.float32)
+    return sum((gap @ weights).mean((1, 2)) for gap, weights in zip(gaps, channel_weights, strict=True))
+
+
+def squared_gaps(params, image, other, dtype):
+    """Of each stage, the squared differences [B,h,w,C] of the channel vectors, each scaled to length one."""
     net = Vgg16(dtype)
 
     def unit(features):
@@ -76,5 +93,4 @@ def distance(params, image, other, dtype=jnp.float32):
         return features / jnp.sqrt((features**2).sum(-1, keepdims=True) + UNIT_EPS)
 
     pairs = zip(net.apply({"params": params}, image), net.apply({"params": params}, other))
-    stages = [((unit(one) - unit(two)) ** 2).sum(-1).mean((1, 2)) for one, two in pairs]
-    return sum(stages) / len(stages)
+    return [(unit(one) - unit(two)) ** 2 for one, two in pairs]

@@ -17,7 +17,7 @@ from typing import Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from addp_jax import diffusion, errors
+from addp_jax import diffusion, errors, partition
 
 
 class Nets(NamedTuple):
@@ -109,3 +109,20 @@ def unconditional(task, count: int):
         return jnp.clip(carry.image, 0, 1)
 
     return run
+
+
+def per_device(task, mask_ratio: float, mesh):
+    """`((params, frozen), (keys [B], images [B,H,W,3])) -> uint8 [B,H,W,3]`; each device samples its own images."""
+
+    def run(nets_params, batch):
+        nets = task.nets(*nets_params)
+        carry = start(nets, *batch, mask_ratio)
+        carry, _ = sample(task.sampler, task.sampler_config, nets, batch[0], carry, mask_ratio)
+        return to_uint8(carry.image)
+
+    return partition.per_device(run, mesh)
+
+
+def to_uint8(image: jax.Array) -> jax.Array:
+    """[0,1] -> 0..255, truncated as the release does (0.999 -> 254)."""
+    return jnp.clip(image * 255, 0, 255).astype(jnp.uint8)

@@ -11,6 +11,11 @@ A task file has a frozen dataclass `Config` (the fields of `config.model`) and a
     evaluate(params, frozen, batches) -> (scalars, images)
                                    batches carry "valid" bool [B]; images: float [H,W,3] in [0,1] by name
     transform(split, data) -> callable   for the input pipeline; split "train" or "eval", data: its config
+
+and, where the task makes images,
+
+    reconstruct(params, frozen, image) -> image   of a tokenizer: float [B,H,W,3] in [0,1], the result not clipped
+    nets(params, frozen), sampler, sampler_config   of a generator: see `addp_jax.samplers`
 """
 
 from __future__ import annotations

@@ -107,17 +107,18 @@ class Task:
         return jax.lax.stop_gradient(jax.nn.softmax(logits[..., : self.config.predictor.num_codes]))
 
     def evaluate(self, params, frozen, batches):
-        """Loss over `batches`; pictures of original, corrupted and predicted images, and samples."""
-        key, shown = jax.random.key(0), []
+        """Loss over `batches`, also by mask ratio; pictures of original, corrupted and predicted images, and samples."""
+        key, shown, by_ratio = jax.random.key(0), [], averages.ByMaskRatio()
 
         def losses():
             for index, batch in enumerate(batches):
                 loss, pictures = self._values(params, frozen, batch, jax.random.fold_in(key, index))
                 if index == 0:
                     shown.append(pictures)
+                by_ratio.add(pictures[-1].mean(-1), loss, batch["valid"])
                 yield {"loss": loss}, batch["valid"]
 
-        scalars = averages.mean_over(losses())
+        scalars = averages.mean_over(losses()) | by_ratio.means()
         samples = self._samples(params, frozen, key)
         images = {"samples": writers.grid(samples, columns=math.isqrt(self.config.num_samples))}
         if shown:

@@ -60,7 +60,7 @@ class Task:
         return values["loss"].mean(), {name: value.mean() for name, value in values.items()}
 
     def _per_example(self, params, frozen, batch, rng, train: bool):
-        """Loss and accuracy at masked positions, each [B]."""
+        """Loss and accuracy at masked positions, and the masked share of them, each [B]."""
         mask_key, dropout_key = jax.random.split(rng)
         image = batch["image"].astype(jnp.float32) / 255
         token_ids = self.tokenizer.apply({"params": frozen["tokenizer"]}, image, method="encode")
@@ -73,6 +73,7 @@ class Task:
         return {
             "loss": diffusion.soft_cross_entropy(target, logits, mask, self.config.label_smoothing),
             "accuracy": right.sum(-1) / mask.sum(-1),
+            "mask_ratio": mask.mean(-1),
         }
 
     def _draw_masks(self, key, batch: int, length: int):
@@ -88,12 +89,16 @@ class Task:
         return order < num_masked, kept
 
     def evaluate(self, params, frozen, batches):
-        """Loss and accuracy over `batches`; a grid of samples from the predictor alone."""
-        key = jax.random.key(0)
-        scalars = averages.mean_over(
-            (self._values(params, frozen, batch, jax.random.fold_in(key, index)), batch["valid"])
-            for index, batch in enumerate(batches)
-        )
+        """Loss, also by mask ratio, and accuracy over `batches`; a grid of samples from the predictor alone."""
+        key, losses = jax.random.key(0), averages.ByMaskRatio()
+
+        def values():
+            for index, batch in enumerate(batches):
+                found = self._values(params, frozen, batch, jax.random.fold_in(key, index))
+                losses.add(found["mask_ratio"], found["loss"], batch["valid"])
+                yield found, batch["valid"]
+
+        scalars = averages.mean_over(values()) | losses.means()
         samples = self._samples(params, frozen, key)
         return scalars, {"samples": writers.grid(samples, columns=math.isqrt(self.config.num_samples))}
 

@@ -11,14 +11,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 
 from addp_jax import errors, partition, tasks, writers
 from addp_jax.data import pipeline
+from addp_jax.interop import features
+from addp_jax.metrics import reconstruction
 from addp_jax.models import adversary, perceptual, tokenizer
 
 LOG_EPS = 1e-5  # MaskGIT's, in the logarithm of the mean code probabilities
-MSE_FLOOR = 1e-10  # caps the PSNR at 100 dB
 NUM_PICTURES = 8  # of the evaluation's reconstruction grid
 
 
@@ -37,7 +37,8 @@ class Config:
     adversary_weight: float = 0.1  # of the tokenizer's wish to pass for real; 0 = no adversary is made at all
     r1_weight: float = 10.0  # gradient penalty of the adversary on real images
     perceptual_weight: float = 0.1
-    perceptual_weights: str = ""  # torchvision's vgg16 as a .safetensors file; "" = no perceptual term
+    perceptual_weights: str = ""  # torchvision's vgg16 .pth or .safetensors; "" = no perceptual term
+    lpips_weights: str = ""  # LPIPS' v0.1/vgg .pth or .safetensors, for the evaluation, with perceptual_weights; "" = no LPIPS
 
 
 class Task:
@@ -46,7 +47,6 @@ class Task:
     def __init__(self, config: Config, dtype):
         check(config)
         self.config = config
-        self.image_size = config.net.image_size
         self.image_size = config.net.image_size
         self.dtype = dtype
         self.net = tokenizer.Tokenizer(config.net, dtype)
@@ -62,7 +62,12 @@ class Task:
         return params
 
     def load_frozen(self):
-        return {"perceptual": load_vgg16(self.config.perceptual_weights)} if self.perceptual else {}
+        self._lpips_weights()  # a mistake there is told before the first step
+        if not self.perceptual:
+            return {}
+        path, convert = self.config.perceptual_weights, perceptual.params_from_torchvision
+        found = features.read_weights(path, convert, "config.model.perceptual_weights", "torchvision's vgg16")
+        return {"perceptual": found}
 
     def loss(self, params, frozen, batch, rng, train):
         """The scalar and its parts before weighting. It draws no random numbers, and `train` changes nothing."""
@@ -82,7 +87,7 @@ class Task:
         if self.perceptual:
             distances = perceptual.distance(frozen["perceptual"], image, out["reconstruction"], self.dtype)
             terms["perceptual"] = (config.perceptual_weight, distances.mean())
-        metrics = {"psnr": psnr(image, out["reconstruction"]).mean(), **entropies}
+        metrics = {"psnr": reconstruction.psnr(image, out["reconstruction"]).mean(), **entropies}
         metrics |= code_statistics(count_codes(out["token_ids"], config.net.num_codes))
         if self.adversary:
             games, logits = self._games(params["adversary"], image, out["reconstruction"])
@@ -124,36 +129,51 @@ class Task:
         return terms, {"logits_real": real.mean(), "logits_fake": fake.mean()}
 
     def evaluate(self, params, frozen, batches):
-        """Exact means over the valid examples of `mse` and `psnr` (of clipped reconstructions), and how many codes
-        the whole set uses; the picture has reconstructions below their originals."""
-        del frozen
+        """Exact means over the valid examples of `mse`, `psnr`, `ssim` and, with its weights, `lpips` (of clipped
+        reconstructions), and how many codes the whole set uses; the picture has reconstructions below their originals."""
         totals, pictures = None, None
+        lpips = self._lpips_weights()
         for batch in batches:
-            sums, shown = jax.device_get(self._jitted_statistics(params, batch))
+            sums, shown = jax.device_get(self._jitted_statistics(params, frozen, lpips, batch))
             sums = jax.tree.map(np.float64, sums)
             totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
             pictures = shown if pictures is None else pictures
-        scalars = {name: totals[name] / totals["examples"] for name in ("mse", "psnr")}
-        scalars |= code_statistics(totals["counts"], np)
+        counts, examples = totals.pop("counts"), totals.pop("examples")
+        scalars = {name: total / examples for name, total in totals.items()} | code_statistics(counts, np)
         originals, reconstructions, valid = pictures
         rows = np.concatenate([originals[valid], reconstructions[valid]])
         grid = writers.grid(rows, columns=int(valid.sum())).astype(np.float32) / 255
         return {name: float(value) for name, value in scalars.items()}, {"reconstructions": grid}
 
-    def _statistics(self, params, batch):
+    def _lpips_weights(self) -> list:
+        """[] without them. They are read here, not with the frozen weights, as no training depends on them."""
+        path = self.config.lpips_weights
+        if path and not self.perceptual:
+            raise errors.UserError("config.model.lpips_weights needs config.model.perceptual_weights, its VGG16")
+        field = "config.model.lpips_weights"
+        return features.read_weights(path, perceptual.lpips_from_torch, field, "LPIPS' v0.1/vgg") if path else []
+
+    def _statistics(self, params, frozen, lpips, batch):
         """Sums over the batch's valid examples, and its first images; replicated: every process can read them."""
         image, valid = to_unit(batch["image"]), batch["valid"]
         out = self._reconstruct(params, image)
-        reconstruction = jnp.clip(out["reconstruction"], 0, 1)
-        total = lambda values: jnp.where(valid, values, 0).sum()
-        sums = {
-            "mse": total(((reconstruction - image) ** 2).mean((1, 2, 3))),
-            "psnr": total(psnr(image, reconstruction)),
-            "examples": valid.sum(),
-            "counts": count_codes(out["token_ids"], self.config.net.num_codes, valid),
+        found = jnp.clip(out["reconstruction"], 0, 1)
+        values = {
+            "mse": ((found - image) ** 2).mean((1, 2, 3)),
+            "psnr": reconstruction.psnr(image, found),
+            "ssim": reconstruction.ssim(image, found),
         }
-        shown = tuple(array[:NUM_PICTURES] for array in (image, reconstruction, valid))
+        if lpips:
+            values["lpips"] = perceptual.lpips(frozen["perceptual"], lpips, image, found)
+        sums = {name: jnp.where(valid, value, 0).sum() for name, value in values.items()}
+        sums |= {"examples": valid.sum(), "counts": count_codes(out["token_ids"], self.config.net.num_codes, valid)}
+        shown = tuple(array[:NUM_PICTURES] for array in (image, found, valid))
         return jax.tree.map(lambda array: partition.constrain(array, *[None] * array.ndim), (sums, shown))
+
+    def reconstruct(self, params, frozen, image):
+        """`image` [B,H,W,3] in [0,1] -> its reconstruction, not clipped."""
+        del frozen
+        return self.net.apply({"params": params["tokenizer"]}, image)
 
     def transform(self, split: str, data: pipeline.Config):
         return tasks.image_transform(split, data, self.image_size)
@@ -179,23 +199,6 @@ def check(config: Config):
             raise errors.UserError(f"config.model.net.image_size: {error}; or set adversary_weight=0") from error
 
 
-def load_vgg16(path: str) -> dict:
-    """Parameters of `perceptual.Vgg16` from a .safetensors file with torchvision's names.
-
-    Raises UserError if the file cannot be read or does not fit.
-    """
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            names = [name for name in file.keys() if name.startswith("features.")]
-            return perceptual.params_from_torchvision({name: file.get_tensor(name) for name in names})
-    except (OSError, safetensors.SafetensorError, KeyError, ValueError) as error:
-        reason = error.args[0] if isinstance(error, KeyError) else error
-        raise errors.UserError(
-            f"config.model.perceptual_weights: {path}: {reason}; "
-            'give torchvision\'s vgg16 as .safetensors, or "" for none'
-        ) from error
-
-
 def to_unit(image):
     """uint8 [B,H,W,3] -> float32 in [0,1]."""
     return image.astype(jnp.float32) / 255
@@ -203,12 +206,6 @@ def to_unit(image):
 
 def squared_gap(one, other):
     return ((one - other) ** 2).mean()
-
-
-def psnr(image, reconstruction):
-    """Peak signal-to-noise ratio in dB of each (clipped) image, [B]; at most 100."""
-    mse = ((jnp.clip(reconstruction, 0, 1) - image) ** 2).mean((1, 2, 3))
-    return -10 * jnp.log10(jnp.maximum(mse, MSE_FLOOR))
 
 
 def entropy_loss(distances, temperature: float):

@@ -1,0 +1,226 @@
+"""How far apart two sets of images are: `python -m addp_jax.measure --real=... --samples=...`; no config is needed.
+
+A set is a folder of images or an .npz with `arr_0`; `--real` may also be ADM's VIRTUAL_imagenet256_labeled.npz with its
+moments. What is printed and written is one JSON object: the measures, the protocol and where this run departs from it,
+the number, size and hash of the images of both sets, and the hash of the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import zipfile
+
+import jax
+import numpy as np
+
+from addp_jax import errors, partition, writers
+from addp_jax.data import image_set
+from addp_jax.interop import features
+from addp_jax.metrics import feature_sets, generation
+
+CACHE = "~/.cache/addp_jax/reference"
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How published figures came about. They differ by more than 2 FID between protocols, for the same images."""
+
+    reference: str
+    num_real: int  # images of the reference set that are at hand
+    seed: int | None  # of the order in which IS splits the samples; None = as they come
+    moments: bool  # whether the reference set comes with its moments
+
+
+PROTOCOLS = {
+    "torch-fidelity": Protocol(
+        "50,000 ImageNet validation images, short side resized to 256 (bilinear), central 256x256, as PNG "
+        "(python -m addp_jax.data.prepare); the figures of MAGE's and ADDP's releases",
+        num_real=50_000, seed=generation.SEED, moments=False,
+    ),
+    "adm": Protocol(
+        "ADM's VIRTUAL_imagenet256_labeled.npz: moments over the ImageNet training set for FID and sFID, its 10,000 "
+        "images for precision and recall (ours in float32, ADM's in float16); RCG's figures",
+        num_real=10_000, seed=None, moments=True,
+    ),
+}  # fmt: skip
+IMAGE_SIZE = (256, 256)  # pixels, of either protocol
+MOMENTS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # arrays of ADM's files and of ours
+
+
+def measure(real: image_set.ImageSet, samples: image_set.ImageSet, net, name: str, batch_size: int, cache: str) -> dict:
+    """Everything that the command prints; see the module. name: of the protocol."""
+    protocol = PROTOCOLS[name]
+    reference, has_moments = read_reference(real, net, batch_size, cache)
+    values = feature_sets.compare(reference, gather(samples, net, batch_size), protocol.seed)
+    return {
+        **feature_sets.named(values, net.name, len(samples)),
+        "protocol": {
+            "name": name,
+            "reference": protocol.reference,
+            "departures": departures(protocol, real, samples, net, has_moments),
+        },
+        "seed": generation.SEED,
+        "features": {"network": net.name, "weights": net.weights},
+        "real": describe(real),
+        "samples": describe(samples),
+    }
+
+
+def departures(protocol: Protocol, real, samples, net, has_moments: bool) -> list[str]:
+    """In what this run is not the protocol; only figures without any may stand beside published ones."""
+    wanted = {
+        "samples": (len(samples), feature_sets.FULL_SIZE),
+        "real images": (len(real), protocol.num_real),
+        "features": (net.name, features.INCEPTION),
+        "moments in --real": (has_moments, protocol.moments),
+        "size of the samples": (samples.size, IMAGE_SIZE),
+        "size of the real images": (real.size, IMAGE_SIZE),
+    }
+    return [f"{name}: {found}, not {expected}" for name, (found, expected) in wanted.items() if found != expected]
+
+
+def describe(images: image_set.ImageSet) -> dict:
+    return {"path": images.path, "images": len(images), "size": list(images.size), "hash": images.content_hash}
+
+
+def gather(images: image_set.ImageSet, net, batch_size: int) -> feature_sets.FeatureSet:
+    """The features of all images; progress on stderr."""
+    gathered = feature_sets.FeatureSet()
+    progress = writers.Progress(len(images), 0, unit="image")
+    for index, batch in enumerate(images.batches(batch_size)):
+        padded = np.concatenate([batch, batch[-1:].repeat(batch_size - len(batch), 0)])  # one shape, one compilation
+        gathered.add({name: rows[: len(batch)] for name, rows in net(padded).items()})
+        progress.update(index * batch_size + len(batch))
+    progress.close()
+    return gathered
+
+
+def read_reference(real: image_set.ImageSet, net, batch_size: int, cache: str):
+    """(features of the real images, whether the file came with moments); from the cache when it was made before.
+
+    A cached file is named by the hashes of images and weights, so it can be neither stale nor another network's.
+    """
+    folder = pathlib.Path(cache).expanduser()
+    path = folder / f"{real.content_hash}-{len(real)}-{net.weights}.npz"
+    reference = load_cached(path)
+    if reference is None:
+        reference = gather(real, net, batch_size)
+        save_cached(path, reference)
+    given = given_moments(real)
+    if given:
+        if net.name != features.INCEPTION:
+            raise errors.UserError(
+                f"--real={real.path}: its moments are those of Inception's features; use --features={features.INCEPTION}"
+            )
+        return feature_sets.FeatureSet.of(given, reference.pool), True
+    return reference, False
+
+
+def given_moments(real: image_set.ImageSet) -> dict:
+    """The Gaussians that an .npz has beside its images; {} = none."""
+    if not real.path.endswith(".npz"):
+        return {}
+    with np.load(real.path) as file:
+        return read_moments(file)
+
+
+def read_moments(file) -> dict:
+    return {
+        name: generation.Gaussian(file[mean].astype(np.float64), file[covariance].astype(np.float64))
+        for name, (mean, covariance) in MOMENTS.items()
+        if mean in file
+    }
+
+
+def load_cached(path: pathlib.Path):
+    """A set written by `save_cached`, or None."""
+    try:
+        with np.load(path) as file:
+            return feature_sets.FeatureSet.of(read_moments(file), file["pool"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        print(f"{path} is damaged ({error}); made again", file=sys.stderr)
+        return None
+
+
+def save_cached(path: pathlib.Path, reference: feature_sets.FeatureSet) -> None:
+    arrays = {"pool": reference.pool}
+    for name, gaussian in reference.gaussians.items():
+        mean, covariance = MOMENTS[name]
+        arrays |= {mean: gaussian.mean, covariance: gaussian.covariance}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise errors.UserError(f"--cache={path.parent}: {reason}; give a folder that can be written to") from error
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(prog="addp_jax.measure", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--real", required=True, help="folder of images, or .npz")
+    parser.add_argument("--samples", required=True, help="folder of images, or .npz")
+    parser.add_argument("--features", default=features.INCEPTION, help="inception, or work directory of a convnet or addp run")
+    parser.add_argument("--weights", default="", help="of Inception: pt_inception-2015-12-05-6726825d, .pth or .safetensors")
+    parser.add_argument("--protocol", default="torch-fidelity", choices=PROTOCOLS)
+    parser.add_argument("--num", type=int, default=0, help="images of each set, spread evenly; default: all")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--cache", default=CACHE, help=f"folder for the features of real images (default {CACHE})")
+    parser.add_argument("--output", default="", help="also write the JSON to this file")
+    return parser.parse_args(argv)
+
+
+def check(images: image_set.ImageSet, net) -> None:
+    """Raises UserError for a set that `net` cannot measure."""
+    if len(images) < 2:
+        raise errors.UserError(f"{images.flag}={images.path}: {len(images)} image; a set to measure needs at least 2")
+    height, width = images.size
+    if net.size and height != width:
+        raise errors.UserError(
+            f"{images.flag}={images.path}: {width}x{height} pixels, but --features takes squares: {image_set.PREPARE}"
+        )
+
+
+def run(options) -> dict:
+    if options.num < 0 or options.batch_size < 1:
+        raise errors.UserError(f"--num={options.num} --batch_size={options.batch_size}: use positive numbers")
+    mesh = partition.make_mesh(partition.Config())
+    real = image_set.ImageSet(options.real, options.num, "--real")
+    samples = image_set.ImageSet(options.samples, options.num, "--samples")
+    with jax.set_mesh(mesh):
+        net = features.load(options.features, options.weights, mesh, "--features", "--weights")
+        for images in (real, samples):
+            check(images, net)
+        batch_size = -(-options.batch_size // mesh.size) * mesh.size
+        return measure(real, samples, net, options.protocol, batch_size, options.cache)
+
+
+def main(argv=None) -> None:
+    options = parse(argv)
+    try:
+        print(text := json.dumps(run(options)))
+        if options.output:
+            write(options.output, text)
+    except errors.UserError as error:
+        print("error:", error, file=sys.stderr)
+        sys.exit(2)
+
+
+def write(output: str, text: str) -> None:
+    try:
+        pathlib.Path(output).write_text(text + "\n")
+    except OSError as error:
+        raise errors.UserError(f"--output={output}: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    main()
