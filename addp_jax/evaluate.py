@@ -11,7 +11,7 @@ import json
 import jax
 import numpy as np
 
-from addp_jax import checkpoint, errors, partition, samplers, writers
+from addp_jax import checkpoint, errors, partition, samplers, tasks, writers
 from addp_jax.data import pipeline
 from addp_jax.interop import features, weights
 from addp_jax.metrics import feature_sets
@@ -43,7 +43,7 @@ def run(program, state, frozen) -> tuple[dict, dict]:
 
 def task_results(program, params, frozen) -> tuple[dict, dict]:
     config, task = program.config, program.task
-    source = pipeline.open_source(config.data, "eval", task.image_size)
+    source = tasks.open_source(task, "eval", config.data)
     batches = on_device(program, source, config.batch_size)
     return task.evaluate(params, frozen, itertools.islice(batches, config.eval_batches or None))
 

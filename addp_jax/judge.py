@@ -18,7 +18,6 @@ import numpy as np
 from addp_jax import checkpoint, errors, schema, writers
 from addp_jax.data import pipeline, transforms
 from addp_jax.interop import features
-from addp_jax.tasks import convnet as task
 
 NAMED = 0.8  # top class probability above which a sample counts as recognisable
 BATCH_SIZE = 64
@@ -116,7 +115,7 @@ def run(workdir: str, samples: str, output: str) -> dict:
         f"{jury.net.config.image_size} px, its own accuracy on {len(real)} held-out images {accuracy:.1%}"
     )
     shown = list(zip(probs[:NUM_PICTURES].argmax(1), probs[:NUM_PICTURES].max(1)))
-    sheet = task.contact_sheet([f"{names[n]} {p:.0%}" for n, p in shown], images[:NUM_PICTURES])
+    sheet = writers.contact_sheet([f"{names[n]} {p:.0%}" for n, p in shown], images[:NUM_PICTURES])
     save(output, sheet)
     return result | {"sheet": output}
 

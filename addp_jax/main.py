@@ -14,7 +14,8 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; any field
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: checkpoints, logs, pictures")
 NOMINAL_STEPS = 1000  # of an epoch, where nothing is trained and the training split is not opened
 CONVERSIONS = ("import", "export")  # modes without a config
-MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "generate", "benchmark", *CONVERSIONS], "What to do")
+MODES = ["train", "evaluate", "generate", "predict", "features", "robustness", "benchmark", *CONVERSIONS]
+MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do")
 WEIGHTS = flags.DEFINE_multi_string(
     "weights", [], "import: weight file; export: run folder or file with a network that --workdir lacks. May be repeated"
 )
@@ -46,7 +47,7 @@ def convert() -> None:
 
 
 def run() -> None:
-    from addp_jax import benchmark, evaluate, generate, schema, train
+    from addp_jax import benchmark, evaluate, generate, predict, robustness, schema, train
 
     fields = CONFIG.value.to_dict()
     config = schema.build(train.Config, fields)
@@ -60,6 +61,12 @@ def run() -> None:
     program = train.build(config, num_train=config.batch_size * NOMINAL_STEPS)
     if MODE.value == "evaluate":
         return evaluate.evaluate(program, WORKDIR.value)
+    if MODE.value in ("predict", "features"):
+        run_mode = predict.predict if MODE.value == "predict" else predict.write_features
+        return run_mode(program, schema.build(predict.Config, config.predict, "config.predict"), WORKDIR.value)
+    if MODE.value == "robustness":
+        settings = schema.build(robustness.Config, config.robustness, "config.robustness")
+        return robustness.robustness(program, settings, WORKDIR.value)
     return generate.generate(program, schema.build(generate.Config, config.generate, "config.generate"), WORKDIR.value)
 
 

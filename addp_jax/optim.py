@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+import functools
 
 import jax
+import numpy as np
 import optax
 
-from addp_jax import errors, partition
+from addp_jax import errors, parameters, partition
 
 # Not decayed: what the release's rule (one dimension, or a name that ends in ".bias") leaves out. Judged by name,
 # since scanned parameters have a layer axis more than the release's.
-NOT_DECAYED = r".*(bias|scale)"
+NOT_DECAYED = ("bias", "scale")
+LARS_TRUST, LARS_MOMENTUM = 1e-3, 0.9  # MAE's linear probe
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """AdamW with linear warm-up and half-cosine decay, per step."""
+    """AdamW or LARS with linear warm-up and half-cosine decay, per step."""
 
+    optimizer: str = "adamw"  # adamw | lars (betas and eps do not count)
     base_lr: float = 1e-4  # learning rate at a batch of 256; the real one is base_lr * batch / 256
     min_lr: float = 0.0
     warmup_epochs: float = 40.0  # or warmup_steps, where config.epochs is 0
@@ -26,6 +29,8 @@ class Config:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.05
+    not_decayed: tuple[str, ...] = NOT_DECAYED  # ends of the names of parameters without weight decay
+    layer_decay: float = 1.0  # learning rate of each encoder layer relative to the one above it
     clip_norm: float = 3.0  # global gradient norm; 0 = no clipping
     accumulate: int = 1  # micro-batches per optimizer step
     ema_decay: float = 0.0  # of the parameter average; 0 = none
@@ -34,6 +39,10 @@ class Config:
         for name, least in (("base_lr", 1e-30), ("accumulate", 1), ("clip_norm", 0), ("warmup_steps", 0)):
             if getattr(self, name) < least:
                 raise errors.UserError(f"config.optim.{name}: {getattr(self, name)} is too small")
+        if self.optimizer not in ("adamw", "lars"):
+            raise errors.UserError(f"config.optim.optimizer: {self.optimizer!r}; use adamw or lars")
+        if not 0 < self.layer_decay <= 1:
+            raise errors.UserError(f"config.optim.layer_decay: {self.layer_decay}; use a fraction above 0, at most 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +77,44 @@ def schedule(config: Config, run: Length, batch_size: int) -> optax.Schedule:
     )
 
 
-def decay_mask(params):
+def decay_mask(params, not_decayed: tuple[str, ...] = NOT_DECAYED):
     """True where weight decay applies."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: re.fullmatch(NOT_DECAYED, "/" + partition.path_name(path)) is None, params
+        lambda path, leaf: not partition.path_name(path).endswith(not_decayed), params
     )
 
 
+def layer_scales(params, decay: float):
+    """What each parameter's learning rate is multiplied by, as arrays that broadcast against the parameters.
+
+    `decay` to the power of the layers above it: 0 for the head, 1 for the last block, depth + 1 for the embeddings
+    of an encoder (MAE's layer-wise decay). Blocks are stacked on a leading axis, so theirs has one entry per layer.
+    """
+    named = {name: leaf.shape for name, leaf in parameters.named_leaves(params).items()}
+    depth = max((shape[0] for name, shape in named.items() if "encoder/blocks/" in name), default=0)
+
+    def one(path, leaf):
+        name = partition.path_name(path)
+        if "encoder/" not in name or "final_norm" in name:
+            return np.float32(1)
+        if "encoder/blocks/" not in name:
+            return np.float32(decay ** (depth + 1))
+        above = np.arange(depth, 0, -1).reshape(-1, *[1] * (leaf.ndim - 1))
+        return (decay**above).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
 def build(config: Config, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-    """Clip, then AdamW with decoupled decay on everything but biases and norm scales."""
-    adamw = optax.adamw(learning_rate, *config.betas, config.eps, weight_decay=config.weight_decay, mask=decay_mask)
+    """Clip, then AdamW (decoupled decay) or LARS, then the layer-wise decay of the learning rate."""
+    mask = functools.partial(decay_mask, not_decayed=config.not_decayed)
+    if config.optimizer == "adamw":
+        core = optax.adamw(learning_rate, *config.betas, config.eps, weight_decay=config.weight_decay, mask=mask)
+    else:
+        core = optax.lars(learning_rate, config.weight_decay, mask, LARS_TRUST, trust_ratio_mask=mask, momentum=LARS_MOMENTUM)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(clip, adamw)
+
+    def by_layer(updates, params):
+        return jax.tree.map(lambda update, scale: update * scale, updates, layer_scales(params, config.layer_decay))
+
+    return optax.chain(clip, core, optax.stateless(by_layer) if config.layer_decay < 1 else optax.identity())

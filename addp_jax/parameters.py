@@ -28,6 +28,11 @@ def match(loaded, expected, *, where, allow_missing=(), allow_unexpected=()):
     return traverse_util.unflatten_dict(kept, sep="/")
 
 
+def replaced(params, new):
+    """`params` with the leaves of `new`, a part of the same tree, in their places."""
+    return traverse_util.unflatten_dict({**traverse_util.flatten_dict(params), **traverse_util.flatten_dict(new)})
+
+
 def content_hash(params):
     """16 hex digits from the names, dtypes, shapes and bytes of a pytree, whatever its key order."""
     digest = hashlib.blake2b(digest_size=8)

@@ -37,13 +37,15 @@ class Config:
     mesh: partition.Config
     checkpoint: checkpoint.Config
     generate: Any
+    predict: Any
+    robustness: Any
     init: str = ""  # run folder or weight file that the trained network starts from; "" = random
     evaluate: evaluate.Config = evaluate.Config()
     # What may change between two starts of one run, because no number depends on it.
     # The path of `init` may change as well: the content counts.
-    FREE = ("init", "mesh", "checkpoint", "generate", "evaluate", "log_every", "eval_every", "eval_batches")
-    FREE_DATA = ("workers", "threads", "prefetch")
-    FREE_MODEL = ("sampler", "num_samples")  # and the paths of weights: their content counts
+    FREE = ("init", "mesh", "checkpoint", "generate", "predict", "robustness", "evaluate", "log_every", "eval_every", "eval_batches")
+    FREE_DATA = ("class_names", "workers", "threads", "prefetch")
+    FREE_MODEL = ("sampler", "num_samples", "cache", "neighbours")  # and the paths of weights: their content counts
 
 
 def check(config: Config, mesh) -> None:
@@ -83,10 +85,10 @@ def identity(config: Config, frozen, initial) -> dict:
 
 
 def make_init(task, optimizer, config: Config):
-    """`rng -> TrainState`, pure."""
+    """`(rng, pretrained) -> TrainState`, pure; `pretrained`: parameters that do not start at random."""
 
-    def init(rng):
-        params = task.init(rng)
+    def init(rng, pretrained=None):
+        params = parameters.replaced(task.init(rng), pretrained or {})
         average = params if config.optim.ema_decay else None
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.tree.map(jnp.copy, average))
 
@@ -140,7 +142,7 @@ class Run:
     task: Any
     mesh: jax.sharding.Mesh
     length: optim.Length
-    init: Any  # rng -> TrainState
+    init: Any  # (rng, pretrained = None) -> TrainState
     step: Any  # jitted (state, frozen, batch) -> (state, metrics)
     state: TrainState  # shapes and shardings
     source: Any  # the training split; None where it was not opened
@@ -156,7 +158,7 @@ def build(config: Config, num_train: int = 0, mesh=None) -> Run:
     mesh = mesh or partition.make_mesh(config.mesh)
     check(config, mesh)
     task = tasks.create(config.task, config.model, partition.compute_dtype(config.dtype, mesh))
-    source = None if num_train else pipeline.open_source(config.data, "train", task.image_size)
+    source = None if num_train else tasks.open_source(task, "train", config.data)
     num_train = num_train or len(source)
     run = optim.length(
         config.optim, epochs=config.epochs, steps=config.steps, num_train=num_train, batch_size=config.batch_size
@@ -182,15 +184,15 @@ def train(config: Config, workdir: str) -> None:
     """Train to the end of the schedule, from the newest checkpoint in `workdir` if there is one."""
     run = build(config)
     with jax.set_mesh(run.mesh), Interrupt() as interrupt:
-        frozen, initial = run.task.load_frozen(), {}
+        frozen = run.task.load_frozen()
+        initial = run.task.load_pretrained() if hasattr(run.task, "load_pretrained") else {}
         if config.init:
             initial = weights.fit(weights.read(config.init, field="config.init: "), run.state.params, f"config.init ({config.init})")
         if config.evaluate.features:
             evaluate.prepare(run)  # a mistake there is told before the first step
         saver = checkpoint.Checkpointer(workdir, config.checkpoint, identity(config, frozen, initial))
         frozen = jax.device_put(frozen, partition.replicated(run.mesh))
-        state, start = saver.restore_latest(run.state) or (first_state(run, initial), 0)
-        del initial
+        state, start = saver.restore_latest(run.state) or (run.init(jax.random.key(config.seed), initial), 0)
         if start >= run.length.total:
             print(f"{workdir}: already trained to step {start} of {run.length.total}")
             return
@@ -208,18 +210,6 @@ def train(config: Config, workdir: str) -> None:
     if interrupt.requested and int(state.step) < run.length.total:
         print(f"stopped by a signal at step {int(state.step)}; the same command goes on from there")
         raise SystemExit(128 + signal.SIGTERM)
-
-
-def first_state(run: Run, initial):
-    """The state of step 0: random, with the networks `initial` (numpy arrays) in place of random ones."""
-    state = run.init(jax.random.key(run.config.seed))
-    if not initial:
-        return state
-    layouts = jax.tree.map(lambda leaf: leaf.sharding, {name: run.state.params[name] for name in initial})
-    # The step donates its state, so each tree needs arrays of its own.
-    params = state.params | jax.tree.map(jnp.copy, jax.device_put(initial, layouts))
-    average = None if state.ema_params is None else jax.tree.map(jnp.copy, params)
-    return state.replace(params=params, ema_params=average)
 
 
 def loop(run: Run, state, frozen, start: int, batches, saver, log: "Log", interrupt: "Interrupt"):

@@ -33,6 +33,7 @@ FLUSH_SECONDS = 10.0  # the most that a kill takes from the TensorBoard events
 HISTOGRAM_BINS = 64
 RATE_WINDOW = 20  # drawn lines over which steps/s is measured
 CAPTION_HEIGHT = 16
+NUMBERED_CLASSES = 20  # at most so many get their numbers written into the confusion picture
 
 
 class Writer:
@@ -160,6 +161,41 @@ def captioned(rows):
         canvas.paste(Image.fromarray(image), (0, top + CAPTION_HEIGHT))
         top += CAPTION_HEIGHT + image.shape[0]
     return np.asarray(canvas)
+
+
+def contact_sheet(captions, images, columns=8):
+    """`images` [N,h,w,3] in rows, each above its caption: uint8 [H,W,3]."""
+    column = captioned(list(zip(captions, images)))  # captions above
+    cells = column.reshape(len(images), -1, *column.shape[1:])
+    return grid(np.roll(cells, -CAPTION_HEIGHT, axis=1), columns)
+
+
+def confusion(matrix):
+    """The picture of a confusion matrix [C,C], rows are true classes: uint8 [H,W,3].
+
+    Each row is shown as shares of its class; beside it the accuracy of every class, from the worst to the best.
+    """
+    from matplotlib import figure
+    from matplotlib.backends import backend_agg
+
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    accuracy = np.diag(shares)[matrix.sum(1) > 0]
+    canvas = backend_agg.FigureCanvasAgg(figure.Figure(figsize=(10, 5), dpi=100, layout="constrained"))
+    left, right = canvas.figure.subplots(1, 2)
+    left.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    left.set(title="true class (row) taken for (column)", xlabel="class", ylabel="class")
+    if len(matrix) <= NUMBERED_CLASSES:
+        left.set(xticks=range(len(matrix)), yticks=range(len(matrix)))
+        for row, column in np.argwhere(matrix):
+            shade = "white" if shares[row, column] > 0.5 else "black"
+            left.text(column, row, matrix[row, column], ha="center", va="center", color=shade, fontsize=7)
+    order = np.argsort(accuracy)
+    right.barh(range(len(order)), accuracy[order], height=1.0 if len(order) > NUMBERED_CLASSES else 0.8)
+    right.set(title="accuracy of each class", xlim=(0, 1), ylim=(-0.5, len(order) - 0.5))
+    if len(order) <= NUMBERED_CLASSES:
+        right.set_yticks(range(len(order)), np.flatnonzero(matrix.sum(1) > 0)[order])
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
 
 
 class Progress:

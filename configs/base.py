@@ -38,18 +38,22 @@ def run(task: str, **model) -> ConfigDict:
             flip=True,  # horizontally, half of the images
             max_objects=1,  # shapes: objects per image
             plain=False,  # shapes: large, upright, one of four colours, on grey
+            class_names="",  # file with one class name per line, in label order; "" = as the source knows them
             workers=0,  # processes that decode; 0 = threads only
             threads=16,  # that read, per process
             prefetch=4,  # batches held ready
         ),
         optim=dict(
+            optimizer="adamw",  # adamw | lars
             base_lr=1e-4,  # at a batch of 256; the learning rate is base_lr * batch_size / 256
             min_lr=0.0,  # at the end of the half cosine
             warmup_epochs=40.0,  # linear from 0; counts where epochs is set
             warmup_steps=0,  # counts where steps is set
             betas=(0.9, 0.95),  # AdamW
             eps=1e-8,
-            weight_decay=0.05,  # not on biases and norm scales
+            weight_decay=0.05,
+            not_decayed=("bias", "scale"),  # ends of the names of parameters without weight decay
+            layer_decay=1.0,  # learning rate of each encoder layer relative to the one above it
             clip_norm=3.0,  # global gradient norm; 0 = off
             accumulate=1,  # micro-batches per step
             ema_decay=0.0,  # of the averaged parameters; 0 = no average
@@ -60,6 +64,13 @@ def run(task: str, **model) -> ConfigDict:
             keep=2,  # newest kept
             keep_every=0,  # and every multiple of this for ever; 0 = none
         ),
+        **modes(),
+    ))  # fmt: skip
+
+
+def modes():
+    """What --mode=generate, predict, features and robustness read; no training depends on it."""
+    return dict(
         generate=dict(
             num_images=64,
             batch_size=64,
@@ -69,8 +80,19 @@ def run(task: str, **model) -> ConfigDict:
             mask_ratio=1.0,  # tokens of an own image that are drawn anew
             strips=4,  # film strips of the denoising steps
         ),
+        predict=dict(  # --mode=predict and --mode=features
+            images="",  # folder of own images
+            output="",  # folder; "" = WORKDIR/predictions or WORKDIR/features
+            batch_size=64,
+        ),
+        robustness=dict(  # --mode=robustness: folders of the test sets; "" = not measured
+            imagenet_a="",  # WNID/*.jpg
+            imagenet_r="",  # WNID/*.jpg
+            imagenet_sketch="",  # WNID/*.JPEG
+            imagenet_c="",  # CORRUPTION/SEVERITY/WNID/*.JPEG
+        ),
         evaluate=evaluation(),
-    ))  # fmt: skip
+    )
 
 
 def evaluation():
@@ -240,6 +262,9 @@ def sized(config, arg):
     return tiny(config) if arg else config
 
 
+TINY_VIT = dict(width=16, depth=2, heads=2, image_size=16, patch_size=4)
+
+
 def tiny(config):
     """The same task, optimizer and data path on 16-pixel pictures of 16 tokens."""
     net = dict(width=16, depth=2, heads=2, decoder_depth=2, decoder_heads=2, num_codes=32, unused=3)
@@ -248,6 +273,11 @@ def tiny(config):
     if config.task == "tokenizer":
         model.net = ConfigDict(small_tokenizer)
         model.adversary.update(channels=8, max_channels=8)
+    elif config.task == "classification":
+        model.net.encoder.update(TINY_VIT)
+    elif config.task == "linear_probe":
+        model.encoder.update(TINY_VIT)
+        model.neighbours = 5
     elif config.task == "convnet":
         model.net = ConfigDict(convnet(16, model.net.num_classes, channels=8, multipliers=(1, 2), num_groups=4))
     else:

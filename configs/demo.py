@@ -1,15 +1,16 @@
-"""What the three demo stages share: 64-pixel pictures of 8x8 tokens, sizes for minutes on two CPU cores."""
+"""What the three demo stages share: 48-pixel pictures of 6x6 tokens, sizes for minutes on two CPU cores."""
 
 from configs import base
 
 NUM_CODES, PATCH = 128, 8  # codes; pixels per token
 # The output matrix of the heads is not trained: in a short run it must start large enough for sure predictions.
 NET = dict(width=128, depth=4, heads=4, decoder_depth=2, decoder_heads=4, num_codes=NUM_CODES, unused=1, dropout=0.0, token_std=0.1)
+ENCODER = (NET["width"], NET["depth"], NET["heads"])
 
 
 def image_size(arg):
-    """Pixels: the config's argument (configs/demo_addp.py:96), or 64."""
-    return int(arg) if arg.isdecimal() else 64
+    """Pixels: the config's argument (configs/demo_addp.py:96), or 48."""
+    return int(arg) if arg.isdecimal() else 48
 
 
 def length(size):

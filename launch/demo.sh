@@ -5,12 +5,12 @@ usage() {
 launch/demo.sh [--data FOLDER] [--size PIXELS] [--out FOLDER]
 
   --data FOLDER    your own images (class sub-folders or a flat folder) instead of generated shapes
-  --size PIXELS    side of the images, a multiple of 8 (default 64)
+  --size PIXELS    side of the images, a multiple of 8 (default 48)
   --out FOLDER     where runs and pictures go (default runs/demo); a stopped demo goes on from there
 HELP
 }
 set -euo pipefail
-data="" size=64 out=runs/demo
+data="" size=48 out=runs/demo
 while [ $# -gt 0 ]; do
     case $1 in
         --data | --size | --out)

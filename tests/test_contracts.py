@@ -9,7 +9,7 @@ import programs
 import pytest
 from PIL import Image
 
-from addp_jax import checkpoint, evaluate, generate, optim, schema, tasks, train
+from addp_jax import checkpoint, evaluate, generate, optim, predict, robustness, schema, tasks, train
 
 DEMO = [name for name in programs.names() if name.startswith("demo")]
 REAL = [name for name in programs.names() if name not in DEMO]
@@ -17,18 +17,20 @@ REAL = [name for name in programs.names() if name not in DEMO]
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """Work directories of the tiny tokenizer and token predictor, trained once."""
+    """Work directories of the three tiny stages, trained once."""
     root = tmp_path_factory.mktemp("trained")
     train.train(programs.config("demo_tokenizer"), str(root / "tokenizer"))
     weights = {"model__tokenizer_weights": str(root / "tokenizer")}
     train.train(programs.config("demo_predictor", **weights), str(root / "predictor"))
+    weights["model__predictor_weights"] = str(root / "predictor")
+    train.train(programs.config("demo_addp", **weights), str(root / "addp"))
     return root
 
 
 def weights_for(name, trained) -> dict:
-    """The frozen-weight fields of a config, pointed at the trained runs."""
+    """The fields of a config that name folders, pointed at the trained runs."""
     model = programs.fields(name).model
-    found = {"tokenizer_weights": "tokenizer", "predictor_weights": "predictor"}
+    found = {"tokenizer_weights": "tokenizer", "predictor_weights": "predictor", "encoder_weights": "addp", "cache": "features"}
     return {f"model__{field}": str(trained / run) for field, run in found.items() if field in model}
 
 
@@ -46,6 +48,9 @@ def test_config_declares_every_field_of_its_dataclasses(name):
     assert declared(fields) == declared(dataclasses.asdict(built)), "run fields"
     assert declared(fields["model"]) == declared(dataclasses.asdict(task.config)), "config.model"
     assert declared(fields["generate"]) == declared(dataclasses.asdict(generator)), "config.generate"
+    for mode in (predict, robustness):
+        settings = schema.build(mode.Config, fields[mode.__name__.split(".")[-1]])
+        assert declared(fields[mode.__name__.split(".")[-1]]) == declared(dataclasses.asdict(settings))
 
 
 def declared(tree, prefix=""):
@@ -138,6 +143,7 @@ def test_published_recipe(name):
     expected = {
         "tokenizer": (1e-4, 1_000_000), "predictor_vitb": (2.4e-3, 499_200), "predictor_vitl": (2.4e-3, 499_200),
         "vitb": (1.6e-3, 499_200), "vitl": (1.6e-3, 249_600),
+        "vitb_in1k": (4e-3, 125_100), "vitl_in1k": (1e-3, 62_550), "vitb_probe": (1.6, 28_080), "vitl_probe": (0.8, 28_080),
     }  # fmt: skip
     np.testing.assert_allclose((peak, length.total), expected[name], rtol=1e-5)
 

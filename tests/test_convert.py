@@ -252,7 +252,7 @@ def test_the_first_state_and_its_average_are_the_given_weights(runs, exported):
     run = program(runs)
     given = weights.fit(weights.read(str(exported)), run.state.params, "here")
     with jax.set_mesh(run.mesh):
-        state = train.first_state(run, given)
+        state = run.init(jax.random.key(0), given)
     for params in (state.params, state.ema_params):
         assert_same(params, load(runs))
         assert jax.tree.map(lambda leaf: leaf.sharding, params) == jax.tree.map(lambda leaf: leaf.sharding, run.state.params)

@@ -92,7 +92,7 @@ def test_evaluation_in_the_loop_holds_the_distances(mesh, judge):
         ("demo_tokenizer", {"evaluate__num_images": 17}, "config.evaluate.num_images: 17, but the evaluation split has 16"),
         ("demo_judge", {}, "config.evaluate.features: this task makes no images"),
         ("demo_tokenizer", {"evaluate__features": "nowhere"}, "nowhere"),
-        ("demo_tokenizer", {"evaluate__features": "inception"}, "config.evaluate.inception_weights: no file"),
+        ("demo_tokenizer", {"evaluate__features": "inception"}, "config.evaluate.inception_weights is empty"),
     ],
 )
 def test_mistakes_are_told_before_the_first_step(judge, tmp_path, name, changes, message):

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # A room imports from lower layers and from itself. Rooms of one layer do not know each other.
 LAYERS = (
     {"main"},
-    {"generate", "benchmark", "plan", "judge", "measure"},
+    {"generate", "predict", "robustness", "benchmark", "plan", "judge", "measure"},
     {"train"},
     {"evaluate"},
     {"tasks"},

@@ -52,3 +52,29 @@ def test_clipping_bounds_the_gradient_norm_that_adam_sees():
     _, state = optimizer.update(grads, optimizer.init(params), params)
     first_moment = next(leaf for leaf in jax.tree.leaves(state) if np.shape(leaf) == (4,))
     np.testing.assert_allclose(np.linalg.norm(first_moment), 0.1, rtol=1e-5)  # (1 - beta1) * 1.0
+
+
+@pytest.mark.parametrize("change", [dict(optimizer="sgd"), dict(layer_decay=0.0), dict(layer_decay=1.5)])
+def test_unknown_optimizers_and_layer_decays_out_of_range_are_refused(change):
+    with pytest.raises(errors.UserError, match=f"config.optim.{list(change)[0]}"):
+        optim.Config(**change)
+
+
+def test_layers_learn_the_slower_the_deeper_they_lie():
+    """Of equal gradients, Adam's first step is the learning rate itself."""
+    blocks = {"block": {"norm1": {"scale": np.ones((3, 4), np.float32)}}}
+    encoder = {"pos_embed": np.ones((2, 4), np.float32), "blocks": blocks}
+    params = {"encoder": encoder, "dense_out": {"kernel": np.ones((4, 2), np.float32)}}
+    optimizer = optim.build(optim.Config(layer_decay=0.5, weight_decay=0.0), 1e-3)
+    updates, _ = optimizer.update(jax.tree.map(np.ones_like, params), optimizer.init(params), params)
+    sizes = jax.tree.map(lambda update: -np.asarray(update)[..., 0] / 1e-3, updates)
+    np.testing.assert_allclose(sizes["dense_out"]["kernel"], 1, rtol=1e-4)
+    np.testing.assert_allclose(sizes["encoder"]["blocks"]["block"]["norm1"]["scale"], [0.125, 0.25, 0.5], rtol=1e-4)
+    np.testing.assert_allclose(sizes["encoder"]["pos_embed"], 0.0625, rtol=1e-4)
+
+
+def test_without_layer_decay_nothing_is_scaled():
+    params = {"encoder": {"pos_embed": np.ones(4, np.float32)}}
+    optimizer = optim.build(optim.Config(weight_decay=0.0), 1e-3)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["encoder"]["pos_embed"], -1e-3, rtol=1e-4)

@@ -62,7 +62,7 @@ def pack(input_folder: str, output: str, split: str = "train", num_shards: int =
     os.makedirs(output, exist_ok=True)
     folder = tempfile.mkdtemp(prefix=".packing-", dir=output)
     try:
-        _write_all(source, folder, split, min(num_shards or 1 + len(source) // _IMAGES_PER_SHARD, len(source)))
+        write_all(source, folder, split, min(num_shards or 1 + len(source) // _IMAGES_PER_SHARD, len(source)))
         for name in sorted(os.listdir(folder)):
             os.rename(os.path.join(folder, name), os.path.join(output, name))
     finally:
@@ -77,7 +77,7 @@ def _open(folder: str, split: str) -> sources.Files:
     return sources.ImageFolder(folder, "train" if split == "train" else "eval")
 
 
-def _write_all(source: sources.Files, folder: str, split: str, num_shards: int):
+def write_all(source: sources.Files, folder: str, split: str, num_shards: int):
     start = time.time()
     bounds = [len(source) * shard // num_shards for shard in range(num_shards + 1)]
     names = [f"{split}-{shard:05}-of-{num_shards:05}.array_record" for shard in range(num_shards)]

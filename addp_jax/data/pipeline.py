@@ -40,6 +40,8 @@ class Config:
       flip: mirror half of the training images.
       max_objects: objects per picture, shapes only.
       plain: the easiest pictures, shapes only.
+      class_names: file with one class name per line, in the order of the
+        labels; "" = the names that the source knows.
       workers: worker processes; 0 = threads only.
       threads: reader threads in each process; 0 = none.
       prefetch: batches held ready in each process.
@@ -56,6 +58,7 @@ class Config:
     flip: bool = True
     max_objects: int = 1
     plain: bool = False
+    class_names: str = ""
     workers: int = 0
     threads: int = 2
     prefetch: int = 4
@@ -106,6 +109,21 @@ def _open_files(config: Config, split: str):
     return (sources.MetaList if config.source == "meta_list" else sources.ArrayRecord)(config.path, name)
 
 
+def class_names(config: Config, image_size: int = 64) -> tuple[str, ...]:
+    """Names by label of the training data; empty when neither config.data.class_names nor the source knows them.
+
+    Raises UserError: the file cannot be read, or what the source raises.
+    """
+    if not config.class_names:
+        return tuple(open_source(config, "train", image_size).classes)
+    try:
+        with open(config.class_names, encoding="utf-8") as file:
+            return tuple(line.strip() for line in file if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", error)
+        raise errors.UserError(f"config.data.class_names: cannot read {config.class_names}: {reason}") from error
+
+
 class Part:
     """`size` examples spread evenly over a source: sources are sorted by class."""
 
@@ -120,6 +138,9 @@ class Part:
 
     def __repr__(self) -> str:
         return f"Part({self.source!r}, {self.size})"
+
+    def fingerprint(self) -> str:
+        return f"{self.size} of {sources.fingerprint(self.source)}"
 
 
 def train_batches(

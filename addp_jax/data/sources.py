@@ -38,6 +38,8 @@ class Files:
       paths: file names.
       labels: one int per path.
       classes: class names by label, or () when unknown.
+
+    `labels` is int32 [N].
     """
 
     def __init__(self, root: str, paths: list[str], labels: list[int], classes: tuple[str, ...]):
@@ -46,15 +48,19 @@ class Files:
         self.classes = classes
         self._names = b"".join(encoded)
         self._ends = np.cumsum([0] + [len(name) for name in encoded])
-        self._labels = np.array(labels, np.int32)
+        self.labels = np.array(labels, np.int32)
 
     def path(self, i: int) -> str:
         """The file of example i."""
         name = self._names[self._ends[i] : self._ends[i + 1]]
         return os.path.join(self.root, os.fsdecode(name))
 
+    def fingerprint(self) -> str:
+        """Changes when a file is added, removed, renamed, relabelled or rewritten."""
+        return _fingerprint((self.path(i) for i in range(len(self))), self.labels.tobytes())
+
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def __getitem__(self, i: int) -> dict:
         path = self.path(i)
@@ -63,10 +69,24 @@ class Files:
                 image = file.read()
         except OSError as error:
             raise errors.UserError(f"cannot read {path}: {error.strerror}") from error
-        return {"image": image, "label": self._labels[i], "index": np.int32(i), "path": path}
+        return {"image": image, "label": self.labels[i], "index": np.int32(i), "path": path}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.root!r}, {len(self)} images)"
+
+
+def fingerprint(source) -> str:
+    """Changes with the examples of `source`; of files, without reading them."""
+    return source.fingerprint() if hasattr(source, "fingerprint") else repr(source)
+
+
+def _fingerprint(paths, more: bytes = b"") -> str:
+    """16 hex digits from names, sizes and times of change: a million files cannot be read through."""
+    digest = hashlib.blake2b(more, digest_size=8)
+    for path in paths:
+        status = os.stat(path)
+        digest.update(f"{os.path.basename(path)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
 
 
 class ImageFolder(Files):
@@ -127,6 +147,17 @@ def open_folder(root: str, field: str) -> Files:
     if not paths:
         raise errors.UserError(f"{field}: no images (jpg, jpeg, png, webp, bmp) in {root!r}")
     return Files(root, paths, [0] * len(paths), ())
+
+
+def open_classes(root: str, classes: tuple[str, ...], field: str) -> Files:
+    """Every image below the folders in `root` that are named like one of `classes`, labelled with its position there.
+
+    Raises UserError naming `field`: no such folder, or no such images.
+    """
+    paths, labels = _labelled(root, list(classes))
+    if not paths:
+        raise errors.UserError(f"{field}: {root!r} has no folder of images named like a class of the training data")
+    return Files(root, paths, labels, classes)
 
 
 def _unreadable(error: OSError):
@@ -235,6 +266,10 @@ class ArrayRecord:
         except Exception as error:  # array_record raises bare C++ errors
             reason = _one_line(error)
             raise errors.UserError(f"config.data.path: cannot open {split} shards in {folder!r}: {reason}") from error
+
+    def fingerprint(self) -> str:
+        """Changes with the shards."""
+        return _fingerprint(shards(self.path, self.split))
 
     def __len__(self) -> int:
         return len(self._records)

@@ -58,3 +58,33 @@ class VisionTransformer(nn.Module):
         tokens = nn.Dropout(config.input_dropout, deterministic=not train)(tokens)
         tokens = layers.Blocks(config, self.dtype, name="blocks")(tokens, train=train)
         return layers.layer_norm("final_norm", dtype=self.dtype)(tokens) if config.final_norm else tokens
+
+
+def resize_pos_embed(pos_embed, length: int):
+    """Position embeddings [1+L,D] for a grid of `length` patches, float32 [1+length,D]; the class token's row is kept.
+
+    Bicubic as the release does it for fine-tuning at another image size: half-pixel centres, no antialiasing.
+    """
+    pos_embed = np.asarray(pos_embed, np.float32)
+    old, new = round((len(pos_embed) - 1) ** 0.5), round(length**0.5)
+    if old == new:
+        return pos_embed
+    weights, grid = bicubic_weights(old, new), pos_embed[1:].reshape(old, old, -1).astype(np.float64)
+    resized = np.einsum("ip,jq,pqd->ijd", weights, weights, grid).reshape(new * new, -1)
+    return np.concatenate([pos_embed[:1], resized.astype(np.float32)])
+
+
+def bicubic_weights(old: int, new: int, a: float = -0.75):
+    """float64 [new,old]: what each of `old` points gives to each of `new` ones; edge points are repeated outwards.
+
+    a: of the cubic convolution kernel; -0.75 is PyTorch's, while jax.image.resize has -0.5.
+    """
+    centre = (np.arange(new) + 0.5) * old / new - 0.5
+    first = np.floor(centre).astype(int) - 1
+    weights = np.zeros((new, old))
+    for tap in range(4):
+        x = np.abs(centre - (first + tap))
+        near = ((a + 2) * x - (a + 3)) * x * x + 1
+        far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+        np.add.at(weights, (np.arange(new), np.clip(first + tap, 0, old - 1)), np.where(x <= 1, near, far))
+    return weights

@@ -12,16 +12,22 @@ A task file has a frozen dataclass `Config` (the fields of `config.model`) and a
                                    batches carry "valid" bool [B]; images: float [H,W,3] in [0,1] by name
     transform(split, data) -> callable   for the input pipeline; split "train" or "eval", data: its config
 
-and, where the task makes images,
+Where a task needs them:
 
+    load_pretrained() -> params    those that do not start at random: a part of what init gives, as numpy arrays
+    open_source(split, data) -> source   instead of the images that `data` describes
     reconstruct(params, frozen, image) -> image   of a tokenizer: float [B,H,W,3] in [0,1], the result not clipped
     nets(params, frozen), sampler, sampler_config   of a generator: see `addp_jax.samplers`
+    logits, features(params, frozen, image uint8 [B,H,W,3])   of a task that recognises images: [B,C], [B,D]
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
+
+import numpy as np
 
 from addp_jax import errors, schema
 from addp_jax.data import pipeline, transforms
@@ -44,3 +50,34 @@ def image_transform(split: str, data: pipeline.Config, image_size: int):
     if split == "train":
         return transforms.train_image(image_size, data.crop_scale, data.flip)
     return transforms.eval_image(image_size)
+
+
+def open_source(task, split: str, data: pipeline.Config):
+    """What `task` reads in this split: its own source where it has one, else the images of `data`."""
+    if hasattr(task, "open_source"):
+        return task.open_source(split, data)
+    return pipeline.open_source(data, split, task.image_size)
+
+
+def check_classes(data: pipeline.Config, image_size: int, num_classes: int) -> None:
+    """Raises UserError if the training data has more classes than the network."""
+    found = len(pipeline.open_source(data, "train", image_size).classes)
+    if found > num_classes:
+        raise errors.UserError(f"config.model.net.num_classes = {num_classes}, but the data has {found} classes")
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """A transform that refuses labels outside 0..num_classes-1: not every source knows its classes beforehand."""
+
+    transform: pipeline.Transform
+    num_classes: int
+
+    def __call__(self, example: dict, rng: np.random.Generator) -> dict:
+        if not 0 <= example["label"] < self.num_classes:
+            where = example.get("path") or f"example {example.get('index', '?')}"
+            raise errors.UserError(
+                f"{where} has label {example['label']}; config.model.net.num_classes = {self.num_classes} allows "
+                f"0..{self.num_classes - 1}"
+            )
+        return self.transform(example, rng)

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from einops import rearrange
 
-from addp_jax import errors, tasks, writers
+from addp_jax import tasks, writers
 from addp_jax.data import pipeline
 from addp_jax.metrics import averages
 from addp_jax.models import convnet
@@ -88,36 +88,16 @@ class Task:
                 top = values.pop("top")
                 if not shown:
                     captions = [f"{n} {p:.0%}" for n, p in zip(top, values["confidence"])][:NUM_PICTURES]
-                    shown["predictions"] = contact_sheet(captions, np.asarray(batch["image"])[:NUM_PICTURES])
+                    shown["predictions"] = writers.contact_sheet(captions, np.asarray(batch["image"])[:NUM_PICTURES])
                 yield values, batch["valid"]
 
         return averages.mean_over(each()), shown
 
     def transform(self, split: str, data: pipeline.Config):
-        """Also checks labels. Raises UserError if the data has more classes than the network."""
-        num_classes = self.config.net.num_classes
+        """Raises UserError if the data has more classes than the network."""
         if split == "train":
-            found = len(pipeline.open_source(data, split, self.image_size).classes)
-            if found > num_classes:
-                raise errors.UserError(f"config.model.net.num_classes = {num_classes}, but the data has {found} classes")
-        return Labelled(tasks.image_transform(split, data, self.image_size), num_classes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Labelled:
-    """A transform that refuses labels outside 0..num_classes-1: not every source knows its classes beforehand."""
-
-    transform: pipeline.Transform
-    num_classes: int
-
-    def __call__(self, example: dict, rng: np.random.Generator) -> dict:
-        if not 0 <= example["label"] < self.num_classes:
-            where = example.get("path") or f"example {example.get('index', '?')}"
-            raise errors.UserError(
-                f"{where} has label {example['label']}; config.model.net.num_classes = {self.num_classes} allows "
-                f"0..{self.num_classes - 1}"
-            )
-        return self.transform(example, rng)
+            tasks.check_classes(data, self.image_size, self.config.net.num_classes)
+        return tasks.Labelled(tasks.image_transform(split, data, self.image_size), self.config.net.num_classes)
 
 
 def add_noise(rng, image, most: float):
@@ -153,10 +133,3 @@ def shuffle_blocks(rng, image):
     order = jnp.argsort(jax.random.uniform(rng, blocks.shape[:2]), axis=1)
     blocks = jnp.take_along_axis(blocks, order[:, :, None, None, None], axis=1)
     return rearrange(blocks, "b (n m) h w c -> b (n h) (m w) c", n=BLOCKS)
-
-
-def contact_sheet(captions: list[str], images: np.ndarray, columns: int = 8) -> np.ndarray:
-    """`images` [N,h,w,3] in rows, each above its caption: uint8 [H,W,3]."""
-    column = writers.captioned(list(zip(captions, images)))  # captions above
-    cells = column.reshape(len(images), -1, *column.shape[1:])
-    return writers.grid(np.roll(cells, -writers.CAPTION_HEIGHT, axis=1), columns)

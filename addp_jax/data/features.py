@@ -1,0 +1,92 @@
+"""Features of a whole split: computed once, kept in a file, read like any other source."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+
+import jax
+import numpy as np
+
+from addp_jax import errors
+from addp_jax.data import pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """A random-access source of {"features": float32 [D], "label": int32}."""
+
+    features: np.ndarray  # float32 [N,D]
+    labels: np.ndarray  # int32 [N]
+    classes: tuple[str, ...]  # names by label; empty when unknown
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> dict:
+        return {"features": self.features[i], "label": self.labels[i]}
+
+    def few(self, shots: int, seed: int) -> "Features":
+        """`shots` examples of every class, drawn with `seed`. Raises UserError if a class has fewer."""
+        rng, kept = np.random.default_rng(seed), []
+        for label in np.unique(self.labels):
+            where = np.flatnonzero(self.labels == label)
+            if len(where) < shots:
+                raise errors.UserError(f"config.model.shots = {shots}, but class {label} has {len(where)} training examples")
+            kept.append(rng.permutation(where)[:shots])
+        kept = np.sort(np.concatenate(kept))
+        return Features(self.features[kept], self.labels[kept], self.classes)
+
+
+def identity(*parts: str) -> str:
+    """16 hex digits of what the features depend on."""
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()
+
+
+def cached(folder: str, key: str, source, compute: Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]) -> Features:
+    """The features in `folder`/`key`.npz; computed and written first where there is no such file.
+
+    Args:
+      folder: made if missing.
+      key: names everything the features depend on, the data too: `identity`.
+      source: its class names are kept with the features.
+      compute: gives (features [b,D], labels [b]) batch by batch, in order.
+    Raises UserError: the file is damaged, or the folder cannot be written to.
+    """
+    path = os.path.join(folder, f"{key}.npz")
+    if not os.path.exists(path):
+        write(path, compute(), source.classes)
+    try:
+        with np.load(path) as file:
+            return Features(file["features"], file["labels"], tuple(str(name) for name in file["classes"]))
+    except Exception as error:  # what is no npz makes numpy and zipfile raise nearly anything
+        raise errors.UserError(f"config.model.cache: cannot read {path}; delete it") from error
+
+
+def write(path: str, batches: Iterable[tuple[np.ndarray, np.ndarray]], classes: tuple[str, ...], **more) -> None:
+    """Writes an .npz of features float32 [N,D], labels int32 [N], classes and `more`; it appears when complete."""
+    features, labels = zip(*batches)
+    arrays = dict(features=np.concatenate(features).astype(np.float32), labels=np.concatenate(labels).astype(np.int32))
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=os.path.dirname(path) or ".", suffix=".part", delete=False) as file:
+            np.savez(file, **arrays, classes=np.array(classes, str), **more)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise errors.UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def batches_of(source, transform, function, config: pipeline.Config, batch_size: int, sharding):
+    """(function(image uint8 [b,H,W,3]), label) as numpy, batch by batch, in the order of `source`.
+
+    Raises UserError in a run of several hosts: none of them would have all of the results.
+    """
+    if jax.process_count() > 1:
+        raise errors.UserError("features and predictions are computed on one host: run this command on one first")
+    batches = pipeline.eval_batches(source, transform, batch_size=batch_size, config=config)
+    for batch in pipeline.to_device(batches, sharding):
+        features, label, valid = jax.device_get((function(batch["image"]), batch["label"], batch["valid"]))
+        yield features[valid], label[valid]

@@ -1,0 +1,91 @@
+"""Recognition on top of the encoder: pooled features, the fine-tuned classifier, the linear probe."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from addp_jax import errors
+from addp_jax.models import layers, vit
+
+POOLINGS = ("mean", "class")
+HEAD_STD = 2e-5  # of the fine-tuned head (the release)
+PROBE_STD = 0.01  # of the linear probe (MAE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A classifier of images. The release fine-tunes without the encoder's input and final LayerNorm."""
+
+    encoder: vit.Config = vit.Config(dropout=0.0, input_dropout=0.0, input_norm=False, final_norm=False)
+    num_classes: int = 1000  # C
+    pooling: str = "mean"  # mean (of the patches) | class (the class token)
+
+    def __post_init__(self):
+        if self.pooling not in POOLINGS:
+            raise errors.UserError(f"config.model.net.pooling: {self.pooling!r}; use {' or '.join(POOLINGS)}")
+
+
+def pool(tokens, pooling: str):
+    """Features [B,1+L,D], class token first -> float32 [B,D]."""
+    return (tokens[:, 1:].mean(1, dtype=jnp.float32) if pooling == "mean" else tokens[:, 0]).astype(jnp.float32)
+
+
+class Classifier(nn.Module):
+    """Encoder, pooling, LayerNorm, linear head."""
+
+    config: Config
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.encoder = vit.VisionTransformer(self.config.encoder, self.dtype)
+        self.head_norm = layers.layer_norm()
+        self.dense_out = nn.Dense(self.config.num_classes, kernel_init=nn.initializers.truncated_normal(HEAD_STD))
+
+    def __call__(self, image, train: bool = False):
+        """`image` [B,H,W,3] in [0,1] -> logits float32 [B,C]."""
+        return self.dense_out(self.features(image, train))
+
+    def features(self, image, train: bool = False):
+        """`image` [B,H,W,3] in [0,1] -> what the classes are read off, float32 [B,D]."""
+        return self.head_norm(pool(self.encoder(image, train), self.config.pooling))
+
+
+class LinearProbe(nn.Module):
+    """Classes from features that are not trained.
+
+    `norm_scale` and `norm_bias` are a BatchNorm without affine parameters, its statistics folded into two vectors:
+    no gradient reaches them.
+    """
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, features):
+        """`features` float32 [B,D] -> logits float32 [B,C]."""
+        scale = self.param("norm_scale", nn.initializers.ones, (features.shape[-1],))
+        bias = self.param("norm_bias", nn.initializers.zeros, (features.shape[-1],))
+        features = features * jax.lax.stop_gradient(scale)[None] + jax.lax.stop_gradient(bias)[None]
+        kernel_init = nn.initializers.truncated_normal(PROBE_STD)
+        return nn.Dense(self.num_classes, kernel_init=kernel_init, name="dense_out")(features)
+
+
+def block_features(config: vit.Config, params, image, block: int, pooling: str, dtype=jnp.float32):
+    """Pooled features float32 [B,D] after the first `block` blocks of an encoder; no final norm unless these are all.
+
+    params: of a `vit.VisionTransformer` of this config; the blocks behind `block` are not computed.
+    """
+    if block < config.depth:
+        blocks = jax.tree.map(lambda leaf: leaf[:block], params["blocks"])
+        config = dataclasses.replace(config, depth=block, final_norm=False)
+        params = {name: value for name, value in params.items() if name != "final_norm"} | {"blocks": blocks}
+    return pool(vit.VisionTransformer(config, dtype).apply({"params": params}, image), pooling)
+
+
+def init(net: Classifier, rng):
+    """Parameters of `net`; pure."""
+    size = net.config.encoder.image_size
+    return net.init(rng, jnp.zeros((1, size, size, 3)))["params"]

@@ -1,0 +1,116 @@
+"""Fine-tune the encoder end to end as a classifier of images (Figure 5b of the paper; the release's main_finetune.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from addp_jax import tasks, writers
+from addp_jax.data import augment, pipeline, transforms
+from addp_jax.interop import encoder
+from addp_jax.metrics import averages
+from addp_jax.metrics import classification as metrics
+from addp_jax.models import heads
+from addp_jax.ops import mixup
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Fields of `config.model`."""
+
+    net: heads.Config = heads.Config()
+    encoder_weights: str = ""  # run folder or weight file of ADDP; "" = train from scratch
+    mixup: float = 0.8  # alpha; 0 = off
+    cutmix: float = 1.0  # alpha; 0 = off
+    label_smoothing: float = 0.1
+    augment: augment.Config = augment.Config()
+    crop_pct: float = 1.0  # of the resized short side that the evaluation's centre crop keeps
+
+
+class Task:
+    """See `addp_jax.tasks`."""
+
+    def __init__(self, config: Config, dtype):
+        self.config = config
+        self.image_size = config.net.encoder.image_size
+        self.num_classes = config.net.num_classes
+        self.net = heads.Classifier(config.net, dtype)
+        # Made here so that the second evaluation compiles nothing.
+        self._logits = jax.jit(self.logits)
+
+    def init(self, rng):
+        return {"classifier": heads.init(self.net, rng)}
+
+    def load_pretrained(self):
+        """The encoder that fine-tuning starts from. Everything else, and all of it without weights, starts at random."""
+        config = self.config
+        if not config.encoder_weights:
+            return {}
+        init = lambda rng: heads.init(self.net, rng)["encoder"]
+        loaded = encoder.load(config.encoder_weights, init, config.net.encoder, "config.model.encoder_weights")
+        return {"classifier": {"encoder": loaded}}
+
+    def load_frozen(self):
+        return {}
+
+    def loss(self, params, frozen, batch, rng, train: bool):
+        config = self.config
+        mix_key, dropout_key = jax.random.split(rng)
+        image = batch["image"].astype(jnp.float32) / 255
+        image, target = mixup.mix(
+            mix_key, image, batch["label"], mixup=config.mixup, cutmix=config.cutmix,
+            smoothing=config.label_smoothing, num_classes=self.num_classes,
+        )  # fmt: skip
+        logits = self.net.apply({"params": params["classifier"]}, image, train, rngs={"dropout": dropout_key})
+        loss = optax.softmax_cross_entropy(logits, target).mean()
+        return loss, {"loss": loss}
+
+    def logits(self, params, frozen, image):
+        """`image` uint8 [B,H,W,3] -> float32 [B,C]."""
+        return self.net.apply({"params": params["classifier"]}, image.astype(jnp.float32) / 255)
+
+    def features(self, params, frozen, image):
+        """`image` uint8 [B,H,W,3] -> what the classes are read off, float32 [B,D]."""
+        return self.net.apply({"params": params["classifier"]}, image.astype(jnp.float32) / 255, method="features")
+
+    def evaluate(self, params, frozen, batches):
+        """Loss, top-1 and top-5 accuracy and that of the classes; the confusion picture."""
+        logits = functools.partial(self._logits, params, frozen)
+        return report(((logits(batch["image"]), batch["label"], batch["valid"]) for batch in batches), self.num_classes)
+
+    def transform(self, split: str, data: pipeline.Config):
+        """Raises UserError if the data has more classes than the network."""
+        if split == "train":
+            tasks.check_classes(data, self.image_size, self.num_classes)
+            crop = transforms.train_image(self.image_size, data.crop_scale, data.flip)
+            image = augment.AugmentedImage(crop, self.config.augment)
+        else:
+            image = transforms.eval_image(self.image_size, self.config.crop_pct)
+        return tasks.Labelled(image, self.num_classes)
+
+
+def report(batches, num_classes: int):
+    """`(scalars, images)` of an evaluation from (logits [B,C], labels [B], valid bool [B]) of its batches.
+
+    top1, top5: accuracy over the examples; class_mean, class_worst: over the classes that have examples.
+    """
+    matrix = np.zeros((num_classes, num_classes), np.int64)
+
+    def each():
+        for batch in batches:
+            logits, labels, valid = map(np.asarray, jax.device_get(batch))
+            matrix[:] += metrics.confusion(labels[valid], logits.argmax(1)[valid], num_classes)
+            values = {"loss": metrics.cross_entropy(logits, labels)}
+            yield values | {f"top{k}": metrics.in_top(logits, labels, k) for k in (1, 5)}, valid
+
+    scalars = averages.mean_over(each())
+    if not scalars:
+        return {}, {}
+    of_classes = metrics.class_accuracy(matrix)
+    scalars |= {"class_mean": float(np.nanmean(of_classes)), "class_worst": float(np.nanmin(of_classes))}
+    return scalars, {"confusion": writers.confusion(matrix)}

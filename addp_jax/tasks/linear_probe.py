@@ -1,0 +1,155 @@
+"""How much a linear classifier, or a look at the nearest neighbours, gets out of the frozen encoder's features.
+
+The features of both splits are computed once, from centre crops, and cached; the loop then trains on them as it
+trains on images.
+
+Departs from MAGE's protocol (main_linprobe.py), which crops at random in every epoch: cached features do not change.
+For the same reason the BatchNorm before the classifier has the statistics of the whole training set, not of a batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from addp_jax import errors, parameters, partition
+from addp_jax.data import features, pipeline, sources, transforms
+from addp_jax.interop import encoder
+from addp_jax.metrics import averages, nearest
+from addp_jax.metrics import classification as metrics
+from addp_jax.models import heads, vit
+from addp_jax.tasks import classification
+
+NORM_EPS = 1e-6  # of the BatchNorm's variance (MAGE)
+BATCH_SIZE = 256  # images whose features are computed at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Fields of `config.model`."""
+
+    encoder: vit.Config = vit.Config()  # as pre-trained: with its input and final LayerNorm
+    num_classes: int = 1000  # C
+    encoder_weights: str = ""  # run folder or weight file of ADDP; "random" for the chance level
+    cache: str = "runs/features"  # folder of the computed features
+    block: int = -1  # whose output is taken, from 1; -1 = the last, after the final LayerNorm
+    pooling: str = "mean"  # mean (of the patches) | class (the class token)
+    crop_pct: float = 1.0  # of the resized short side that the centre crop keeps
+    shots: int = 0  # training examples per class; 0 = all
+    shots_seed: int = 0  # of their choice
+    neighbours: int = 20  # k of the k-NN classifier; 0 = none
+    temperature: float = 0.07  # of its weighted vote
+
+    def __post_init__(self):
+        if not (self.block == -1 or 1 <= self.block <= self.encoder.depth):
+            raise errors.UserError(f"config.model.block: {self.block}; use 1 to {self.encoder.depth}, or -1")
+        if self.pooling not in heads.POOLINGS:
+            raise errors.UserError(f"config.model.pooling: {self.pooling!r}; use {' or '.join(heads.POOLINGS)}")
+
+
+class Task:
+    """See `addp_jax.tasks`."""
+
+    def __init__(self, config: Config, dtype):
+        self.config, self.dtype = config, dtype
+        self.image_size = config.encoder.image_size
+        self.num_classes = config.num_classes
+        self.block = config.encoder.depth if config.block == -1 else config.block
+        self.net = heads.LinearProbe(config.num_classes)
+        self.train_features = None  # set by open_source; the k-NN classifier looks in them
+        self._logits = jax.jit(lambda params, rows: self.net.apply({"params": params["linear_probe"]}, rows))
+
+    def init(self, rng):
+        return {"linear_probe": self.net.init(rng, jnp.zeros((1, self.config.encoder.width)))["params"]}
+
+    @functools.cached_property
+    def _encoder(self):
+        net = vit.VisionTransformer(self.config.encoder, self.dtype)
+        init = lambda rng: net.init(rng, jnp.zeros((1, self.image_size, self.image_size, 3)))["params"]
+        return encoder.load(self.config.encoder_weights, init, self.config.encoder, "config.model.encoder_weights")
+
+    def load_frozen(self):
+        return {"encoder": self._encoder}
+
+    def load_pretrained(self):
+        """The statistics of the training features."""
+        rows = self.train_features.features
+        scale = 1 / np.sqrt(rows.var(0) + NORM_EPS)
+        return {"linear_probe": {"norm_scale": scale, "norm_bias": -rows.mean(0) * scale}}
+
+    def open_source(self, split: str, data: pipeline.Config) -> features.Features:
+        """The features of a split; keeps the training features, few-shot choice made. Raises UserError as images do."""
+        shots, seed = self.config.shots, self.config.shots_seed
+        with jax.set_mesh(self._mesh):  # the loop's is not there yet
+            if self.train_features is None:
+                found = self._features("train", data)
+                self.train_features = found.few(shots, seed) if shots else found
+            return self.train_features if split == "train" else self._features(split, data)
+
+    @functools.cached_property
+    def _mesh(self):
+        return partition.make_mesh(partition.Config(), jax.local_devices())
+
+    def _features(self, split: str, data: pipeline.Config) -> features.Features:
+        config = self.config
+        source = pipeline.open_source(data, split, self.image_size)
+        settings = f"block {self.block} {config.pooling} {config.crop_pct} {self.image_size} {self.dtype}"
+        key = features.identity(parameters.content_hash(self._encoder), sources.fingerprint(source), settings)
+        found = features.cached(config.cache, key, source, lambda: self._compute(source, data))
+        if found.labels.max() >= self.num_classes:
+            raise errors.UserError(f"config.model.num_classes = {self.num_classes}, but {source!r} has label {found.labels.max()}")
+        return found
+
+    def _compute(self, source, data: pipeline.Config):
+        print(f"computing the features of {source!r}")
+        transform = transforms.eval_image(self.image_size, self.config.crop_pct)
+        frozen = jax.device_put({"encoder": self._encoder}, partition.replicated(self._mesh))
+        function = functools.partial(jax.jit(self.features), {}, frozen)
+        size = -(-BATCH_SIZE // self._mesh.size) * self._mesh.size  # as many images on each device
+        yield from features.batches_of(source, transform, function, data, size, partition.batch_sharding(self._mesh))
+
+    def loss(self, params, frozen, batch, rng, train: bool):
+        logits = self._logits(params, batch["features"])
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+        return loss, {"loss": loss}
+
+    def features(self, params, frozen, image):
+        """`image` uint8 [B,H,W,3] -> float32 [B,D]."""
+        config, image = self.config, image.astype(jnp.float32) / 255
+        return heads.block_features(config.encoder, frozen["encoder"], image, self.block, config.pooling, self.dtype)
+
+    def logits(self, params, frozen, image):
+        """`image` uint8 [B,H,W,3] -> float32 [B,C]."""
+        return self._logits(params, self.features(params, frozen, image))
+
+    def evaluate(self, params, frozen, batches):
+        """As the task `classification`; knn_top1 (weighted votes), knn_plain_top1 (one vote each)."""
+        config, bank, found = self.config, self.train_features, []
+        k = min(config.neighbours, len(bank))
+        neighbours = functools.partial(
+            nearest.votes, jnp.asarray(bank.features), jnp.asarray(bank.labels),
+            k=k, temperature=config.temperature, num_classes=self.num_classes,
+        )  # fmt: skip
+
+        def each():
+            for batch in batches:
+                if k:
+                    voted = neighbours(batch["features"])
+                    names = ("knn_top1", "knn_plain_top1")
+                    found.append(({n: metrics.in_top(v, batch["label"], 1) for n, v in zip(names, voted)}, batch["valid"]))
+                yield self._logits(params, batch["features"]), batch["label"], batch["valid"]
+
+        scalars, images = classification.report(each(), self.num_classes)
+        return scalars | averages.mean_over(found), images
+
+    def transform(self, split: str, data: pipeline.Config):
+        return as_it_is
+
+
+def as_it_is(example: dict, rng: np.random.Generator) -> dict:
+    return example

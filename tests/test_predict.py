@@ -1,0 +1,123 @@
+"""Own images to predictions and to features; robustness sets to accuracies."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import programs
+import pytest
+from PIL import Image
+
+from addp_jax import checkpoint, errors, predict, robustness, train
+from addp_jax.metrics import classification as metrics
+
+WNIDS = [f"n{number:08d}" for number in range(8)]
+
+
+@pytest.fixture(scope="module")
+def program():
+    config = programs.config("demo_classification", model__encoder_weights="", data__class_names="")
+    return train.build(config, num_train=64)
+
+
+@pytest.fixture(scope="module")
+def workdir(program, tmp_path_factory):
+    """A run whose head tells images apart."""
+    path = tmp_path_factory.mktemp("run")
+    with jax.set_mesh(program.mesh):
+        params = jax.tree.map(np.asarray, program.init(jax.random.key(0)).params)
+    head = params["classifier"]["dense_out"]
+    head["kernel"] = np.random.default_rng(0).normal(size=head["kernel"].shape).astype(np.float32)
+    checkpoint.save_params(str(path), params, {})
+    return str(path)
+
+
+def photos(folder, names, seed=0):
+    rng = np.random.default_rng(seed)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(folder / name)
+    return str(folder)
+
+
+def test_predictions_name_five_classes_and_show_a_sheet(program, workdir, tmp_path):
+    images = photos(tmp_path / "own", [f"{n}.png" for n in range(11)])
+    predict.predict(program, predict.Config(images, str(tmp_path / "out"), batch_size=4), workdir)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert sorted(line["image"] for line in lines) == sorted(f"{n}.png" for n in range(11))
+    for line in lines:
+        names, scores = zip(*line["top"])
+        assert len(set(names)) == 5 and set(names) <= set(predict.class_names(program))
+        assert list(scores) == sorted(scores, reverse=True) and 0 < sum(scores) <= 1.001
+    assert len({line["top"][0][0] for line in lines}) > 1
+    assert np.asarray(Image.open(tmp_path / "out" / "predictions.png")).ndim == 3
+
+
+def test_features_of_a_folder_are_written_for_other_tools(program, workdir, tmp_path):
+    images = photos(tmp_path / "own", ["b.png", "a.png", "sub/c.png"])
+    predict.write_features(program, predict.Config(images, str(tmp_path / "out")), workdir)
+    with np.load(tmp_path / "out" / "features.npz") as file:
+        assert file["features"].shape == (3, 16) and file["features"].dtype == np.float32
+        assert list(file["paths"]) == ["a.png", "b.png", "sub/c.png"]
+
+
+def test_class_names_come_from_the_data_or_a_file_else_numbers(program, tmp_path, capsys):
+    assert predict.class_names(program)[0] == "circle"
+    named = functools.partial(programs.config, "demo_classification", model__encoder_weights="")
+    (tmp_path / "names.txt").write_text("one\ntwo\n")
+    short = train.build(named(data__class_names=str(tmp_path / "names.txt")), num_train=64)
+    assert predict.class_names(short) == ("one", "two", *(f"class {n}" for n in range(2, 8)))
+    missing = train.build(named(data__source="image_folder", data__path=str(tmp_path / "no")), num_train=64)
+    assert predict.class_names(missing)[0] == "class 0" and "numbered" in capsys.readouterr().out
+    lost = train.build(named(data__class_names=str(tmp_path / "no.txt")), num_train=64)
+    with pytest.raises(errors.UserError, match="config.data.class_names"):
+        predict.class_names(lost)
+
+
+def test_what_cannot_be_predicted_is_refused(program, workdir, tmp_path):
+    with pytest.raises(errors.UserError, match="config.predict.images is empty"):
+        predict.predict(program, predict.Config(), workdir)
+    with pytest.raises(errors.UserError, match="config.predict.images: no images"):
+        predict.predict(program, predict.Config(str(tmp_path)), workdir)
+    tokenizer = train.build(programs.config("demo_tokenizer"), num_train=64)
+    with pytest.raises(errors.UserError, match="config.task: tokenizer has no features"):
+        predict.write_features(tokenizer, predict.Config(str(tmp_path)), workdir)
+
+
+@pytest.fixture(scope="module")
+def named(program, tmp_path_factory):
+    """The program with the WNIDs as class names."""
+    path = tmp_path_factory.mktemp("names") / "wnids.txt"
+    path.write_text("\n".join(WNIDS))
+    config = programs.config("demo_classification", model__encoder_weights="", data__class_names=str(path))
+    return train.build(config, num_train=64)
+
+
+def test_subsets_are_matched_by_folder_name_and_only_their_classes_compete(named, workdir, tmp_path, capsys):
+    """With one class there is nothing to confuse it with; folders of no known class are left out."""
+    alone = photos(tmp_path / "a", [f"{WNIDS[5]}/{n}.png" for n in range(6)] + ["n99999999/x.png"])
+    pair = photos(tmp_path / "r", [f"{WNIDS[k]}/{n}.png" for k in (2, 6) for n in range(20)])
+    robustness.robustness(named, robustness.Config(imagenet_a=alone, imagenet_r=pair), workdir)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["imagenet_a"] == 1.0
+    assert 0.1 < result["imagenet_r"] < 0.9  # a network that has learned nothing, two classes
+
+
+def test_mce_is_the_mean_error_relative_to_alexnet(tmp_path):
+    calls = []
+
+    def top1(folder, field):
+        calls.append(folder)
+        return 1 - metrics.ALEXNET[folder.split("/")[-2]] / 2
+
+    error = robustness.corruption_errors(top1, str(tmp_path))
+    assert len(calls) == 75
+    assert metrics.mean_corruption_error(error) == pytest.approx(0.5)
+
+
+def test_robustness_needs_folders_with_known_classes(named, workdir, tmp_path):
+    with pytest.raises(errors.UserError, match="config.robustness: all folders are empty"):
+        robustness.robustness(named, robustness.Config(), workdir)
+    with pytest.raises(errors.UserError, match="config.robustness.imagenet_c: .*gaussian_noise/1"):
+        robustness.robustness(named, robustness.Config(imagenet_c=str(tmp_path)), workdir)
