@@ -43,9 +43,13 @@ class Config:
     evaluate: evaluate.Config = evaluate.Config()
     # What may change between two starts of one run, because no number depends on it.
     # The path of `init` may change as well: the content counts.
-    FREE = ("init", "mesh", "checkpoint", "generate", "predict", "robustness", "evaluate", "log_every", "eval_every", "eval_batches")
+    FREE = (
+        "init", "mesh", "checkpoint", "generate", "predict", "robustness", "evaluate",
+        "log_every", "eval_every", "eval_batches",
+    )  # fmt: skip
     FREE_DATA = ("class_names", "workers", "threads", "prefetch")
-    FREE_MODEL = ("sampler", "num_samples", "cache", "neighbours")  # and the paths of weights: their content counts
+    # And the paths of weights: their content counts.
+    FREE_MODEL = ("sampler", "num_samples", "cache", "neighbours", "temperature")
 
 
 def check(config: Config, mesh) -> None:

@@ -84,6 +84,7 @@ def modes():
             images="",  # folder of own images
             output="",  # folder; "" = WORKDIR/predictions or WORKDIR/features
             batch_size=64,
+            format="npz",  # of features: npz | array_record
         ),
         robustness=dict(  # --mode=robustness: folders of the test sets; "" = not measured
             imagenet_a="",  # WNID/*.jpg
