@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What the demo's ADDP encoder is worth to a classifier of the generated shapes with few labels: fine-tuned against the
-# same network from scratch, three seeds each, and frozen (linear probe, k-NN) against an untrained encoder.
+# same network from scratch (at the learning rate that suits it best), three seeds each, and frozen (linear probe, k-NN)
+# against an untrained encoder.
 # Needs launch/demo.sh first.
 #
 #   launch/transfer.sh [ADDP_WORKDIR [OUTPUT]] [--config.FIELD=...]    default: runs/demo/addp runs/transfer
@@ -24,7 +25,7 @@ run() { # name, config, encoder, more flags
 
 for seed in 0 1 2; do
     run "finetuned_$seed" demo_classification "$encoder" --config.seed=$seed
-    run "scratch_$seed" demo_classification "" --config.seed=$seed
+    run "scratch_$seed" demo_classification "" --config.seed=$seed --config.optim.base_lr=0.008 --config.optim.layer_decay=1.0
 done
 run probe demo_probe "$encoder" --config.model.cache="$output/features"
 run probe_random demo_probe random --config.model.cache="$output/features"

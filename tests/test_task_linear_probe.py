@@ -43,6 +43,7 @@ def test_features_are_computed_once_and_follow_the_data(cache, monkeypatch):
 
 def test_whatever_changes_the_features_changes_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(linear_probe.Task, "_compute", lambda *_: [(np.zeros((1, 16)), np.zeros(1))])
+    monkeypatch.setattr(linear_probe.Task, "_encoder", {"kernel": np.zeros(1)})
     encoder = functools.partial(dataclasses.replace, ENCODER)
     changes = [
         {}, dict(pooling="class"), dict(block=1), dict(crop_pct=0.5), dict(encoder=encoder(heads=4)),
@@ -52,9 +53,11 @@ def test_whatever_changes_the_features_changes_the_file(tmp_path, monkeypatch):
         make(str(tmp_path), **change).open_source("train", SHAPES)
         assert len(os.listdir(tmp_path)) == count
     make(str(tmp_path)).open_source("train", dataclasses.replace(SHAPES, num_train=40))
+    monkeypatch.setattr(linear_probe.Task, "_encoder", {"kernel": np.ones(1)})
+    make(str(tmp_path)).open_source("train", SHAPES)
     monkeypatch.setattr(features, "code", lambda: "another version")
     make(str(tmp_path)).open_source("train", SHAPES)
-    assert len(os.listdir(tmp_path)) == len(changes) + 2
+    assert len(os.listdir(tmp_path)) == len(changes) + 3
 
 
 def test_a_rewritten_file_makes_another_fingerprint(tmp_path):
