@@ -138,11 +138,12 @@ class Task:
 
         def each():
             for batch in batches:
+                label, valid = partition.whole((batch["label"], batch["valid"]))
                 if k:
-                    voted = neighbours(batch["features"])
+                    voted = partition.whole(neighbours(batch["features"]))
                     names = ("knn_top1", "knn_plain_top1")
-                    found.append(({n: metrics.in_top(v, batch["label"], 1) for n, v in zip(names, voted)}, batch["valid"]))
-                yield self._logits(params, batch["features"]), batch["label"], batch["valid"]
+                    found.append(({n: metrics.in_top(v, label, 1) for n, v in zip(names, voted)}, valid))
+                yield self._logits(params, batch["features"]), label, valid
 
         scalars, images = classification.report(each(), self.num_classes)
         return scalars | averages.mean_over(found), images
