@@ -10,7 +10,7 @@ import os
 import jax
 import numpy as np
 
-from addp_jax import errors, evaluate, partition, writers
+from addp_jax import errors, evaluate, writers
 from addp_jax.data import features, pipeline, sources, transforms
 
 TOP = 5  # classes named per image
@@ -35,6 +35,8 @@ def predict(program, config: Config, workdir: str) -> None:
     names = class_names(program)
     output = config.output or os.path.join(workdir, "predictions")
     source, rows = over_images(program, config, workdir, "logits")
+    if jax.process_index():
+        return
     probs = np.asarray(jax.nn.softmax(np.concatenate([logits for logits, _ in rows])))
     order = np.argsort(-probs, axis=1)[:, :TOP]
     os.makedirs(output, exist_ok=True)
@@ -54,6 +56,8 @@ def predict(program, config: Config, workdir: str) -> None:
 def write_features(program, config: Config, workdir: str) -> None:
     """Write `features.npz`: features float32 [N,D], labels int32 [N] (zeros) and paths [N], in the order of the paths."""
     source, rows = over_images(program, config, workdir, "features")
+    if jax.process_index():
+        return
     path = os.path.join(config.output or os.path.join(workdir, "features"), "features.npz")
     features.write(path, rows, (), paths=np.array([os.path.relpath(source.path(i), source.root) for i in range(len(source))]))
     print(path)
@@ -72,8 +76,7 @@ def over_images(program, config: Config, workdir: str, name: str):
     transform = transforms.eval_image(task.image_size, task.config.crop_pct)
     with jax.set_mesh(mesh):
         function = functools.partial(jax.jit(getattr(task, name)), *evaluate.load(program, workdir))
-        layout = partition.batch_sharding(mesh)
-        rows = list(features.batches_of(source, transform, function, program.config.data, batch_size, layout))
+        rows = list(features.batches_of(source, transform, function, program.config.data, batch_size, mesh))
     return source, rows
 
 
