@@ -9,8 +9,8 @@ launch/local.sh PROCESSES CONFIG WORKDIR [FLAG...]
   WORKDIR     folder of the run; the same command goes on where a stopped run was
   FLAG...     for python -m addp_jax.main: --mode=evaluate, --config.batch_size=256, ...
 
-Ctrl-C or SIGTERM: all processes save at one step and stop, exit status 143. When a process dies the others end too,
-and the exit status is that of the first. PYTHON: the interpreter (default .venv/bin/python).
+Ctrl-C or SIGTERM: all processes save at one step and stop, exit status 143. When a process dies the others end too;
+the exit status is the highest of theirs. PYTHON: the interpreter (default .venv/bin/python).
 HELP
 }
 set -euo pipefail
@@ -40,14 +40,15 @@ while [ ${#pids[@]} -gt 0 ]; do
         ended=0
         wait "${pids[i]}" || ended=$?
         unset "pids[i]"
-        if [ $ended -eq 0 ] || [ $status -ne 0 ]; then continue; fi
-        status=$ended deadline=$((SECONDS + GRACE))
+        [ $ended -ne 0 ] || continue
+        [ $status -ne 0 ] || deadline=$((SECONDS + GRACE))
+        [ $ended -le $status ] || status=$ended
         # 2: it has said what to put right; 143: it was asked to stop.
-        case $status in 2 | 143) continue ;; esac
-        echo "error: process $i of $count ended with status $status; the others end too, the same command goes on" >&2
+        case $ended in 2 | 143) ;; *) echo "error: process $i of $count ended with status $ended" >&2 ;; esac
     done
     if [ $status -ne 0 ] && [ $SECONDS -ge "$deadline" ]; then kill -KILL "${pids[@]}" 2>/dev/null || true; fi
     sleep 0.5 &
     wait $! || true # a signal ends this wait, not a plain sleep
 done
+case $status in 0 | 2 | 143) ;; *) echo "the same command goes on from the newest checkpoint" >&2 ;; esac
 exit $status

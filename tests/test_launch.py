@@ -104,7 +104,8 @@ def test_local_ends_the_others_when_one_dies_and_says_which(tools):
     python = tools.add("python", FAKE_PYTHON + '[ "$id" = 1 ] && kill -KILL $$\nsleep 1; exit 134')
     status, _, problems = tools.call("local.sh", "3", *RUN, PYTHON=python)
     assert status == 137
-    assert problems.count("error: process 1 of 3 ended with status 137; the others end too, the same command goes on") == 1
+    assert "error: process 1 of 3 ended with status 137\n" in problems and "error: process 0 of 3 ended with status 134\n" in problems
+    assert problems.endswith("the same command goes on from the newest checkpoint\n")
 
 
 def test_local_hands_sigterm_to_all_and_waits_for_them(tools):
