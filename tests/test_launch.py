@@ -30,7 +30,7 @@ class Tools:
     def add(self, name: str, body: str = "") -> str:
         """`body`: what it does after noting its name and arguments, in bash."""
         path = self.folder / name
-        path.write_text(f'#!/usr/bin/env bash\nprintf "%s " {name} "$@" | tr "\\n" ";" >>"$TOOLS/calls"\necho >>"$TOOLS/calls"\n{body}\n')
+        path.write_text(f"""#!/usr/bin/env bash\nline="{name} $* "\necho "${{line//$'\\n'/;}}" >>"$TOOLS/calls"\n{body}\n""")
         path.chmod(0o755)
         return str(path)
 
