@@ -28,12 +28,7 @@ RECIPE = optim.Config(
     betas=(0.9, 0.999), clip_norm=0.0, weight_decay=0.05, layer_decay=0.65,
     not_decayed=("bias", "scale", "class_token", "pos_embed"),
 )  # fmt: skip
-RULES = [
-    *pytorch.addp_rules(released.ADDP)[:4],  # patch_embed, cls_token, pos_embed
-    *pytorch.blocks("blocks", "encoder/blocks"),
-    *pytorch.norm("fc_norm", "head_norm"),
-    *pytorch.linear("head", "dense_out"),
-]
+RULES = pytorch.classifier_rules()
 
 
 @functools.cache
