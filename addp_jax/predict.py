@@ -10,7 +10,7 @@ import os
 import jax
 import numpy as np
 
-from addp_jax import errors, evaluate, partition, writers
+from addp_jax import errors, evaluate, writers
 from addp_jax.data import features, pipeline, sources, transforms
 
 TOP = 5  # classes named per image
@@ -39,6 +39,8 @@ def predict(program, config: Config, workdir: str) -> None:
     names = class_names(program)
     output = config.output or os.path.join(workdir, "predictions")
     source, rows = over_images(program, config, workdir, "logits")
+    if jax.process_index():
+        return
     probs = np.asarray(jax.nn.softmax(np.concatenate([logits for logits, _ in rows])))
     order = np.argsort(-probs, axis=1)[:, :TOP]
     os.makedirs(output, exist_ok=True)
@@ -62,6 +64,8 @@ def write_features(program, config: Config, workdir: str) -> None:
     per image (see `features.write_records`). The label is the number of the image's sub-folder, in sorted order.
     """
     source, rows = over_images(program, config, workdir, "features")
+    if jax.process_index():
+        return
     path = os.path.join(config.output or os.path.join(workdir, "features"), f"features.{config.format}")
     paths = [os.path.relpath(source.path(i), source.root) for i in range(len(source))]
     classes, labels = np.unique([os.path.dirname(name).split(os.sep)[0] for name in paths], return_inverse=True)
@@ -85,11 +89,11 @@ def over_images(program, config: Config, workdir: str, name: str):
     batch_size = -(-config.batch_size // devices) * devices
     with jax.set_mesh(mesh):
         if name == "features" and hasattr(task, "open_source"):  # of a frozen encoder: nothing needs to be trained
-            nets = {}, jax.device_put(task.load_frozen(), partition.replicated(mesh))
+            nets = {}, partition.put(task.load_frozen(), partition.replicated(mesh))
         else:
             nets = evaluate.load(program, workdir)
-        function, layout = functools.partial(jax.jit(getattr(task, name)), *nets), partition.batch_sharding(mesh)
-        rows = list(features.batches_of(source, transform_of(task), function, program.config.data, batch_size, layout))
+        function = functools.partial(jax.jit(getattr(task, name)), *nets)
+        rows = list(features.batches_of(source, transform_of(task), function, program.config.data, batch_size, mesh))
     return source, rows
 
 

@@ -11,7 +11,7 @@ import os
 import jax
 import numpy as np
 
-from addp_jax import errors, evaluate, partition
+from addp_jax import errors, evaluate
 from addp_jax.data import features, pipeline, sources, transforms
 from addp_jax.metrics import classification as metrics
 
@@ -68,7 +68,7 @@ class Top1:
         present = np.unique(source.labels)
         rows = features.batches_of(
             source, transforms.eval_image(program.task.image_size, crop_pct), self.function, program.config.data,
-            program.config.batch_size, partition.batch_sharding(program.mesh),
+            program.config.batch_size, program.mesh,
         )  # fmt: skip
         for logits, labels in rows:
             right.append(present[logits[:, present].argmax(1)] == labels)

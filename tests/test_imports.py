@@ -18,7 +18,7 @@ LAYERS = (
     {"tasks"},
     {"interop"},
     {"models", "samplers", "metrics", "data", "optim", "checkpoint", "writers"},
-    {"diffusion", "partition", "ops", "parameters", "schema"},
+    {"diffusion", "partition", "processes", "ops", "parameters", "schema"},
     {"errors"},
 )
 # Library -> where alone it may be imported.
@@ -37,6 +37,7 @@ HOMES = {
     "absl.flags": ("addp_jax/main.py",),
     "jax.sharding": ("addp_jax/partition.py",),
     "jax.experimental.mesh_utils": ("addp_jax/partition.py",),
+    "jax.experimental.multihost_utils": ("addp_jax/processes.py",),
     "tensorflow": (),
     "keras": (),
     "torchvision": (),

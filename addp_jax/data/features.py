@@ -10,12 +10,11 @@ import pathlib
 import tempfile
 from collections.abc import Callable, Iterable
 
-import jax
 import msgpack
 import numpy as np
 from array_record.python import array_record_module
 
-from addp_jax import errors
+from addp_jax import errors, partition, processes
 from addp_jax.data import pipeline
 
 
@@ -68,7 +67,7 @@ def cached(folder: str, key: str, source, compute: Callable[[], Iterable[tuple[n
     Raises UserError: the file is damaged, or the folder cannot be written to.
     """
     path = os.path.join(folder, f"{key}.npz")
-    if not os.path.exists(path):
+    if not processes.agreed(os.path.exists(path)):  # else all compute, and all write the same
         write(path, compute(), source.classes)
     try:
         with np.load(path) as file:
@@ -108,14 +107,10 @@ def save(path: str, fill: Callable[[str], None]) -> None:
         raise errors.UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def batches_of(source, transform, function, config: pipeline.Config, batch_size: int, sharding):
-    """(function(image uint8 [b,H,W,3]), label) as numpy, batch by batch, in the order of `source`.
-
-    Raises UserError in a run of several hosts: none of them would have all of the results.
-    """
-    if jax.process_count() > 1:
-        raise errors.UserError("features and predictions are computed on one host: run this command on one first")
-    batches = pipeline.eval_batches(source, transform, batch_size=batch_size, config=config)
-    for batch in pipeline.to_device(batches, sharding):
-        features, label, valid = jax.device_get((function(batch["image"]), batch["label"], batch["valid"]))
+def batches_of(source, transform, function, config: pipeline.Config, batch_size: int, mesh):
+    """(function(image uint8 [b,H,W,3]), label) as numpy, batch by batch, in the order of `source`, on every process."""
+    rows = partition.rows(mesh, batch_size)
+    batches = pipeline.eval_batches(source, transform, batch_size=batch_size, config=config, rows=rows)
+    for batch in pipeline.to_device(batches, partition.batch_sharding(mesh)):
+        features, label, valid = partition.whole((function(batch["image"]), batch["label"], batch["valid"]))
         yield features[valid], label[valid]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from addp_jax import tasks, writers
+from addp_jax import partition, tasks, writers
 from addp_jax.data import augment, pipeline, transforms
 from addp_jax.interop import encoder
 from addp_jax.metrics import averages
@@ -102,7 +102,7 @@ def report(batches, num_classes: int):
 
     def each():
         for batch in batches:
-            logits, labels, valid = map(np.asarray, jax.device_get(batch))
+            logits, labels, valid = partition.whole(batch)
             matrix[:] += metrics.confusion(labels[valid], logits.argmax(1)[valid], num_classes)
             values = {"loss": metrics.cross_entropy(logits, labels)}
             yield values | {f"top{k}": metrics.in_top(logits, labels, k) for k in (1, 5)}, valid

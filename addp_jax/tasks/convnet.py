@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from einops import rearrange
 
-from addp_jax import tasks, writers
+from addp_jax import partition, tasks, writers
 from addp_jax.data import pipeline
 from addp_jax.metrics import averages
 from addp_jax.models import convnet
@@ -84,11 +84,11 @@ class Task:
 
         def each():
             for batch in batches:
-                values, _ = jax.device_get(predict(params, {name: batch[name] for name in ("image", "label")}))
+                values, _ = partition.whole(predict(params, {name: batch[name] for name in ("image", "label")}))
                 top = values.pop("top")
                 if not shown:
                     captions = [f"{n} {p:.0%}" for n, p in zip(top, values["confidence"])][:NUM_PICTURES]
-                    shown["predictions"] = writers.contact_sheet(captions, np.asarray(batch["image"])[:NUM_PICTURES])
+                    shown["predictions"] = writers.contact_sheet(captions, partition.whole(batch["image"])[:NUM_PICTURES])
                 yield values, batch["valid"]
 
         return averages.mean_over(each()), shown

@@ -94,7 +94,7 @@ class Task:
 
     @functools.cached_property
     def _mesh(self):
-        return partition.make_mesh(partition.Config(), jax.local_devices())
+        return partition.make_mesh(partition.Config())
 
     def _features(self, split: str, data: pipeline.Config) -> features.Features:
         config = self.config
@@ -111,10 +111,10 @@ class Task:
     def _compute(self, source, data: pipeline.Config):
         print(f"computing the features of {source!r}")
         transform = transforms.eval_image(self.image_size, self.config.crop_pct)
-        frozen = jax.device_put({"encoder": self._encoder}, partition.replicated(self._mesh))
+        frozen = partition.put({"encoder": self._encoder}, partition.replicated(self._mesh))
         function = functools.partial(jax.jit(self.features), {}, frozen)
         size = -(-BATCH_SIZE // self._mesh.size) * self._mesh.size  # as many images on each device
-        yield from features.batches_of(source, transform, function, data, size, partition.batch_sharding(self._mesh))
+        yield from features.batches_of(source, transform, function, data, size, self._mesh)
 
     def loss(self, params, frozen, batch, rng, train: bool):
         logits = self._logits(params, batch["features"])
@@ -141,11 +141,12 @@ class Task:
 
         def each():
             for batch in batches:
+                label, valid = partition.whole((batch["label"], batch["valid"]))
                 if k:
-                    voted = neighbours(batch["features"])
+                    voted = partition.whole(neighbours(batch["features"]))
                     names = ("knn_top1", "knn_plain_top1")
-                    found.append(({n: metrics.in_top(v, batch["label"], 1) for n, v in zip(names, voted)}, batch["valid"]))
-                yield self._logits(params, batch["features"]), batch["label"], batch["valid"]
+                    found.append(({n: metrics.in_top(v, label, 1) for n, v in zip(names, voted)}, valid))
+                yield self._logits(params, batch["features"]), label, valid
 
         scalars, images = classification.report(each(), self.num_classes)
         return scalars | averages.mean_over(found), images
