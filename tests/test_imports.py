@@ -18,7 +18,7 @@ LAYERS = (
     {"tasks"},
     {"interop"},
     {"models", "samplers", "metrics", "data", "optim", "checkpoint", "writers"},
-    {"diffusion", "partition", "ops", "parameters", "schema"},
+    {"diffusion", "flops", "partition", "ops", "parameters", "schema"},
     {"errors"},
 )
 # Library -> where alone it may be imported.
