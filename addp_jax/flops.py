@@ -41,7 +41,8 @@ def _equation(equation) -> int:
     if name == "scan":
         return params["length"] * sum(inner)
     if name == "shard_map":
-        return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"]) * sum(inner)
+        axes = params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]  # before jax 0.10.2
+        return math.prod(params["mesh"].shape[axis] for axis in axes) * sum(inner)
     return max(inner) if name == "cond" else sum(inner)
 
 
