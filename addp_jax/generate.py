@@ -47,16 +47,21 @@ def generate(program, config: Config, workdir: str) -> None:
         params, frozen = evaluate.load(program, workdir)
         starts = Starts(config, task.config.tokenizer.image_size)
         sample = jax.jit(samplers.per_device(task, config.mask_ratio, program.mesh))
-        shards = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
-        batch_size = -(-config.batch_size // shards) * shards  # as many images on each device
+        size = batch_size(config, program.mesh)
         progress = writers.Progress(len(starts), 0, unit="image")
-        for first in range(0, len(starts), batch_size):
-            images = sample((params, frozen), starts.batch(first, batch_size))
+        for first in range(0, len(starts), size):
+            images = sample((params, frozen), starts.batch(first, size))
             write_images(output, first, np.asarray(images)[: len(starts) - first])
-            progress.update(min(first + batch_size, len(starts)))
+            progress.update(min(first + size, len(starts)))
         progress.close()
         strips = film_strips(task, params, frozen, starts, config)
     collect(output, len(starts), strips)
+
+
+def batch_size(config: Config, mesh) -> int:
+    """`config.batch_size`, or a little more: as many images on each device."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-config.batch_size // shards) * shards
 
 
 class Starts:

@@ -75,8 +75,18 @@ def make_mesh(config: Config, devices=None) -> Mesh:
             f"config.mesh: data={config.data} fsdp={config.fsdp} tensor={config.tensor} does not multiply to the "
             f"{len(devices)} devices present; set one of them to -1"
         )
-    grid = mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Mesh(_grid(sizes, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _grid(sizes: list[int], devices: list) -> np.ndarray:
+    """`devices` in the shape `sizes`. Several TPU slices, which only a slow network joins, divide the data axis."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
+    if sizes[0] % slices:
+        raise errors.UserError(f"config.mesh.data: {sizes[0]} is not a multiple of the {slices} slices, each of which needs whole copies")
+    inside = (sizes[0] // slices, *sizes[1:])
+    return mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
 
 
 def spec(*names: str | None) -> PartitionSpec:

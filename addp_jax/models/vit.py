@@ -10,6 +10,7 @@ import numpy as np
 from einops import rearrange
 
 from addp_jax.models import layers
+from addp_jax.models.dropout import Dropout
 
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
@@ -55,7 +56,7 @@ class VisionTransformer(nn.Module):
         tokens = jnp.concatenate([first, tokens], axis=1) + pos_embed[None].astype(self.dtype)
         if config.input_norm:
             tokens = layers.layer_norm("input_norm", dtype=self.dtype)(tokens)
-        tokens = nn.Dropout(config.input_dropout, deterministic=not train)(tokens)
+        tokens = Dropout(config.input_dropout)(tokens, train)
         tokens = layers.Blocks(config, self.dtype, name="blocks")(tokens, train=train)
         return layers.layer_norm("final_norm", dtype=self.dtype)(tokens) if config.final_norm else tokens
 
