@@ -11,6 +11,7 @@ The mesh has three axes. Eight devices as `Config(data=2, fsdp=2, tensor=2)`:
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 
 import jax
@@ -57,7 +58,7 @@ PARAMETERS = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Mesh sizes; one may be -1 (all remaining devices)."""
+    """Mesh sizes; one may be -1 (all remaining devices). fsdp=-16: the largest size up to 16 that divides 16 and the devices."""
 
     data: int = -1
     fsdp: int = 1
@@ -67,7 +68,8 @@ class Config:
 def make_mesh(config: Config, devices=None) -> Mesh:
     """The mesh over `devices` (default: all). Raises UserError when the sizes do not multiply to their number."""
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [config.data, config.fsdp, config.tensor]
+    fsdp = math.gcd(len(devices), config.fsdp) if config.fsdp < -1 else config.fsdp
+    sizes = [config.data, fsdp, config.tensor]
     if sizes.count(-1) == 1:
         sizes[sizes.index(-1)] = len(devices) // max(1, -int(np.prod(sizes)))
     if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):

@@ -27,7 +27,6 @@ TPU_ENVIRONMENT = {  # no look for a TPU, no log files, and several compilers ma
 MANY_COLLECTIVES = 4  # times the bytes of the bfloat16 parameters: more means that activations travel
 SHUFFLES, MUCH = ("all-to-all", "collective-permute"), 10 * 2**20
 RING_PASSES = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}  # of the bytes, over a ring; others 1/2
-MAX_TRIES = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +144,7 @@ def matches(version: str, pin: str) -> bool:
 
 def what_would_fit(config: dict, request: Request) -> dict | None:
     """The first of a few changes with which the program fits: `{"changes": {field: value}, "peak": bytes}`."""
-    for changes in candidates(config, request.program)[:MAX_TRIES]:
+    for changes in candidates(config, request.program):
         changed = copy.deepcopy(config)
         for field, value in changes.items():
             *groups, last = field.split(".")
@@ -167,13 +166,16 @@ def candidates(config: dict, program: str) -> list[dict]:
     if program == "sample":
         size = config["generate"]["batch_size"]
         return [{"generate.batch_size": size // parts} for parts in (2, 4, 8, 16) if size >= parts]
-    stacks = [path for path, value in leaves(config["model"], "model") if path.endswith(".remat") and path.startswith("model.net.")]
+    stacks = [path for path, _ in leaves(config["model"], "model") if path.startswith("model.net.") and path.endswith(".remat")]
     remat = {policy: dict.fromkeys(stacks, policy) for policy in ("dots", "full")}
-    sharded = {"mesh.data": -1, "mesh.fsdp": 16, "mesh.tensor": 1}
+    sharded = {"mesh.data": -1, "mesh.fsdp": -16, "mesh.tensor": 1}
     spread = {"mesh.data": 1, "mesh.fsdp": -1, "mesh.tensor": 1}
     pieces = [{"optim.accumulate": config["optim"]["accumulate"] * parts} for parts in (4, 16)]
     options = [remat["dots"], remat["full"], sharded | remat["full"], spread | remat["full"]]
-    return options + [spread | remat["full"] | piece for piece in pieces]
+    options += [spread | remat["full"] | piece for piece in pieces]
+    now = dict(leaves(config, "config"))
+    needed = [{field: value for field, value in changes.items() if now[f"config.{field}"] != value} for changes in options]
+    return [changes for index, changes in enumerate(needed) if changes and changes not in needed[:index]]
 
 
 def leaves(tree, prefix: str):

@@ -53,6 +53,8 @@ class Name:
 
     def __str__(self):
         slices = f" x {self.slices} slices" if self.slices > 1 else ""
+        if self.kind in GPUS:
+            return f"{self.kind}x{math.prod(self.shape)}{slices}"
         return f"{self.kind}:{'x'.join(map(str, self.shape))}{slices}"
 
     @property

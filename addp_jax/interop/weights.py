@@ -30,7 +30,7 @@ def load(path: str, network: str, init, field: str) -> dict:
     Raises UserError naming the field when the path is empty, missing or holds other weights.
     """
     if path == SHAPES:
-        return jax.eval_shape(init, jax.random.key(0))
+        return jax.eval_shape(lambda: init(jax.random.key(0)))
     if path == RANDOM:
         return jax.tree.map(np.asarray, jax.jit(init)(jax.random.key(0)))
     hint = f"{TRAIN_FIRST[network]} and give its work directory, or give a weight file"

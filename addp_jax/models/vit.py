@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from addp_jax import partition
 from addp_jax.models import layers
 from addp_jax.models.dropout import Dropout
 
@@ -50,6 +51,7 @@ class VisionTransformer(nn.Module):
             normalize(image), "b (h p) (w q) c -> b (h w) (p q c)", p=config.patch_size, q=config.patch_size
         )
         tokens = layers.dense(config.width, "patch_embed", self.dtype)(patches.astype(self.dtype))
+        tokens = partition.constrain(tokens, "batch", "length", "embed")  # else the patches are gathered, not the kernel
         class_token = self.param("class_token", layers.EMBEDDING_INIT, (config.width,))
         pos_embed = self.param("pos_embed", layers.EMBEDDING_INIT, (1 + config.length, config.width))
         first = jnp.broadcast_to(class_token[None, None].astype(self.dtype), (len(tokens), 1, config.width))
