@@ -16,6 +16,6 @@ setup(
     install_requires=[line for line in REQUIREMENTS if line and not line.startswith("#")],
     extras_require={"test": ["pytest>=8", "scikit-learn>=1.5"], "torch": ["torch>=2.6"],
         "plan": ["jax[tpu]"],  # the libtpu that the installed jax pins
-        "plan_gpu": ["jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12"],
+        "plan_gpu": ["jax-cuda12-plugin>=0.10,<0.12", "nvidia-cuda-nvcc-cu12"],  # of the version that jax has
     },
 )

@@ -82,8 +82,8 @@ def make_mesh(config: Config, devices=None) -> Mesh:
 
 def _grid(sizes: list[int], devices: list) -> np.ndarray:
     """`devices` in the shape `sizes`. Several TPU slices, which only a slow network joins, divide the data axis."""
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
+    if slices <= 1:
         return mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
     if sizes[0] % slices:
         raise errors.UserError(f"config.mesh.data: {sizes[0]} is not a multiple of the {slices} slices, each of which needs whole copies")

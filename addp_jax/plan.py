@@ -75,8 +75,8 @@ def compile_in_child(config: dict, request: Request) -> dict:
     if child.returncode:
         code = child.returncode
         how = f"died of {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
-        last = (child.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
-        return {"crashed": f"the compiler {how}: {last}"}
+        lines = child.stderr.strip().splitlines() or ["nothing on stderr"]
+        return {"crashed": f"the compiler {how}: {([line for line in lines if 'Error' in line] or lines)[-1]}"}
     found = json.loads(child.stdout.splitlines()[-1])
     if "mistake" in found:
         raise errors.UserError(found["mistake"])
@@ -87,7 +87,7 @@ def gpu_environment(request: Request) -> dict:
     """No GPU is there to time kernels on, and ptxas comes from a wheel."""
     if topologies.parse(request.topology).kind not in topologies.GPUS:
         return {}
-    found = importlib.util.find_spec("nvidia.cuda_nvcc")
+    found = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.cuda_nvcc")
     if found is None:
         raise errors.UserError("--mode=plan for GPUs needs nvidia-cuda-nvcc-cu12: pip install '.[plan_gpu]'")
     folder = list(found.submodule_search_locations)[0]
