@@ -40,13 +40,14 @@ def report(config: dict, topology: str, slices: int, program: str, level: str) -
     with jax.set_mesh(run.mesh):
         function, args, sizes = PROGRAMS[program](run)
         executed = flops.count(function, *args)
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         found = {"limit": limit} | compiled(function, args)
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - used
     return found | sizes | {
         "topology": str(name), "kind": name.kind, "devices": len(devices), "chips": name.chips, "level": level,
         "mesh": dict(run.mesh.shape), "steps": run.length.total, "num_train": num_train(config),
         "executed_flops": executed, "useful_flops": useful_flops(config, run, program), "compile_seconds": round(seconds, 1),
+        "compile_cpu_seconds": round(cpu_seconds, 1),
         **({} if name.kind in topologies.GPUS else compiler_version()),
     }  # fmt: skip
 

@@ -224,7 +224,7 @@ def heading(found: dict) -> list[str]:
     compiler = f"libtpu {found['libtpu']}, " if "libtpu" in found else "no GPU timed: kernels are the compiler's guess, "
     return [
         f"topology      {found['topology']}: {devices} devices, {chip.flops / TERA:.0f} TFLOP/s and {gib(found['limit'])} each",
-        f"compiler      {compiler}{found['level']} level, {found['compile_seconds']:.0f} s",
+        f"compiler      {compiler}{found['level']} level, {found['compile_seconds']:.0f} s ({found['compile_cpu_seconds']:.0f} s of CPU)",
         f"mesh          {mesh}; batch {found['batch_size']} = {found['batch_size'] / shards:g} images per {unit(found)}",
         f"parameters    {found['parameters'] / 1e6:.1f} M trained",
     ]
