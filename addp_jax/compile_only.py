@@ -68,7 +68,7 @@ def _shapes(name: str, value):
 
 def training(run: train.Run):
     """`(step, its arguments, sizes)`: as the loop calls it."""
-    frozen, batch = _frozen(run), {"image": _images(run, run.config.batch_size, jnp.uint8)}
+    frozen, batch = _kept(run, run.task.load_frozen()), {"image": _images(run, run.config.batch_size, jnp.uint8)}
     batch["label"] = jax.ShapeDtypeStruct((run.config.batch_size,), jnp.int32, sharding=partition.batch_sharding(run.mesh))
     parameters = _bytes(run.state.params)
     return run.step, (run.state, frozen, batch), {
@@ -87,11 +87,11 @@ def sampling(run: train.Run):
     size = generate.batch_size(config, run.mesh)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
     keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=partition.batch_sharding(run.mesh))
-    batch, frozen = (keys, _images(run, size, jnp.float32)), _frozen(run)
-    return jax.jit(samplers.per_device(run.task, config.mask_ratio, run.mesh)), ((run.state.params, frozen), batch), {
+    batch, frozen, params = (keys, _images(run, size, jnp.float32)), _kept(run, run.task.load_frozen()), _kept(run, run.state.params)
+    return jax.jit(samplers.per_device(run.task, config.mask_ratio, run.mesh)), ((params, frozen), batch), {
         "batch_size": size,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(run.state.params)),
-        "parameter_bytes": _bytes(run.state.params), "optimizer_bytes": 0,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "parameter_bytes": _bytes(params), "optimizer_bytes": 0,
         "frozen_bytes": _bytes(frozen), "batch_bytes": _bytes(batch), "donated": 0,
     }  # fmt: skip
 
@@ -99,9 +99,10 @@ def sampling(run: train.Run):
 PROGRAMS = {"train": training, "sample": sampling}
 
 
-def _frozen(run: train.Run):
+def _kept(run: train.Run, networks):
+    """Shapes of networks that are whole on every device."""
     everywhere = partition.replicated(run.mesh)
-    kept = jax.eval_shape(lambda frozen: evaluate.compact(run, frozen), run.task.load_frozen())
+    kept = jax.eval_shape(lambda networks: evaluate.compact(run, networks), networks)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), kept)
 
 

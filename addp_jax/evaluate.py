@@ -144,10 +144,10 @@ def place(program, frozen):
     return jax.device_put(compact(program, frozen), partition.replicated(program.mesh))
 
 
-def compact(program, frozen):
-    """Frozen networks as they are kept on the devices: kernels in the dtype of the computation where the task allows it."""
+def compact(program, networks):
+    """Networks as they are kept on the devices: kernels in the dtype of the computation where the task allows it."""
     dtype = partition.compute_dtype(program.config.dtype, program.mesh)
-    return parameters.compact(frozen, getattr(program.task, "compact", ()), dtype)
+    return parameters.compact(networks, getattr(program.task, "compact", ()), dtype)
 
 
 def evaluate(program, workdir: str) -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from addp_jax import errors, evaluate, samplers, writers
+from addp_jax import errors, evaluate, partition, samplers, writers
 from addp_jax.data import sources, transforms
 
 
@@ -45,6 +45,7 @@ def generate(program, config: Config, workdir: str) -> None:
     os.makedirs(os.path.join(output, "images"), exist_ok=True)
     with jax.set_mesh(program.mesh):
         params, frozen = evaluate.load(program, workdir)
+        params = gather(program)(params)
         starts = Starts(config, task.config.tokenizer.image_size)
         sample = jax.jit(samplers.per_device(task, config.mask_ratio, program.mesh))
         size = batch_size(config, program.mesh)
@@ -56,6 +57,11 @@ def generate(program, config: Config, workdir: str) -> None:
         progress.close()
         strips = film_strips(task, params, frozen, starts, config)
     collect(output, len(starts), strips)
+
+
+def gather(program):
+    """Jitted `params -> params`, whole on every device: each samples on its own."""
+    return jax.jit(lambda params: evaluate.compact(program, params), out_shardings=partition.replicated(program.mesh))
 
 
 def batch_size(config: Config, mesh) -> int:

@@ -102,13 +102,16 @@ def verdict(found: dict) -> int:
 
 
 def estimate(found: dict) -> dict:
-    """Seconds of one step that compute, main memory and interconnect take at their public peaks; none overlaps, none waits."""
+    """Seconds of one step that compute, main memory and interconnect take at their public peaks; the longest is the bound.
+
+    A program compiled at O0 moves more through main memory than the one that will run, so there HBM is no bound.
+    """
     chip, devices = topologies.CHIPS[found["kind"]], found["devices"]
     seconds = {"compute": found["executed_flops"] / devices / chip.flops}
     if "collectives" in found:
         passes = {kind: RING_PASSES.get(kind, 0.5) * entry["bytes"] for kind, entry in found["collectives"].items()}
         seconds |= {"HBM": found["hbm_traffic"] / chip.hbm, "interconnect": sum(passes.values()) / chip.link}
-    bound = max(seconds, key=seconds.get)
+    bound = max((name for name in seconds if name != "HBM" or found["level"] == "default"), key=seconds.get)
     floor = seconds[bound]
     hours = found["steps"] * floor / 3600
     return {

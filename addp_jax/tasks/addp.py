@@ -36,7 +36,7 @@ class Config:
 class Task:
     """See `addp_jax.tasks`."""
 
-    compact = ("tokenizer", "token_predictor")
+    compact = ("tokenizer", "token_predictor", "pixel_to_token")
 
     def __init__(self, config: Config, dtype):
         self.config = config

@@ -36,7 +36,7 @@ class Config:
 class Task:
     """See `addp_jax.tasks`."""
 
-    compact = ("tokenizer",)
+    compact = ("tokenizer", "token_predictor")
 
     def __init__(self, config: Config, dtype):
         self.config = config
