@@ -136,8 +136,8 @@ def compiled(function, args) -> dict:
     try:
         executable = function.lower(*args).compile()
     except jax.errors.JaxRuntimeError as error:
-        match = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", str(error))
-        return {"error": str(error).splitlines()[0]} | ({"needed": float(match[1]) * topologies.GIB} if match else {})
+        needed = memory_needed(str(error))
+        return {"error": str(error).splitlines()[0]} | ({"needed": needed} if needed else {})
     memory = executable.memory_analysis()
     found = {"peak": memory.peak_memory_in_bytes, "aliased": memory.alias_size_in_bytes}
     try:
@@ -146,6 +146,12 @@ def compiled(function, args) -> dict:
         return found | {"unreadable": str(error).splitlines()[0]}
     kinds = {kind: dataclasses.asdict(entry) for kind, entry in hlo.collectives(text).items()}
     return found | {"collectives": kinds, "cycles": hlo.estimated_cycles(text), "hbm_traffic": hlo.hbm_bytes(text)}
+
+
+def memory_needed(message: str) -> float | None:
+    """Bytes that a TPU program would need, of the compiler's refusal; None if it refuses for another reason."""
+    match = re.search(r"(?:memory required [^(]*\(|Used )([\d.]+)([KMGT])", message)
+    return float(match[1]) * 2 ** (10 * " KMGT".index(match[2])) if match else None
 
 
 def compiler_version() -> dict:

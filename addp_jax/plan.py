@@ -148,6 +148,7 @@ def matches(version: str, pin: str) -> bool:
 def what_would_fit(config: dict, request: Request) -> dict | None:
     """The first of a few changes with which the program fits: `{"changes": {field: value}, "peak": bytes}`."""
     for changes in candidates(config, request.program):
+        print(f"does not fit; trying {flags(changes)}", file=sys.stderr)
         changed = copy.deepcopy(config)
         for field, value in changes.items():
             *groups, last = field.split(".")
@@ -203,7 +204,7 @@ def text(found: dict, status: int) -> str:
     if "peak" in found:
         lines += memory(found) + work(found) + [f"warning       {line}" for line in found["warnings"]]
     else:
-        lines.append(f"memory        {gib(found['needed'])} needed, {gib(found['limit'])} there per {unit(found)}: DOES NOT FIT")
+        lines.append(f"memory        over {gib(found['needed'])} needed, {gib(found['limit'])} there per {unit(found)}: DOES NOT FIT")
     if status == DOES_NOT_FIT:
         lines.append(f"would fit     {suggestion(found['would_fit'])}")
     return "\n".join(lines)
@@ -212,8 +213,11 @@ def text(found: dict, status: int) -> str:
 def suggestion(option: dict | None) -> str:
     if option is None:
         return "nothing that was tried: remat, a mesh with more fsdp, more micro-batches"
-    flags = " ".join(f"--config.{field}={value}" for field, value in option["changes"].items())
-    return f"{flags} (peak {gib(option['peak'])})"
+    return f"{flags(option['changes'])} (peak {gib(option['peak'])})"
+
+
+def flags(changes: dict) -> str:
+    return " ".join(f"--config.{field}={value}" for field, value in changes.items())
 
 
 def unit(found: dict) -> str:

@@ -7,7 +7,7 @@ import sys
 import programs
 import pytest
 
-from addp_jax import errors, plan, topologies
+from addp_jax import compile_only, errors, plan, topologies
 
 GIB = 2**30
 REPORT = {
@@ -65,7 +65,7 @@ def test_what_does_not_fit_and_what_would(answer, capsys):
     asked = answer(NEEDS_TOO_MUCH, REPORT | {"peak": 16 * GIB}, NEEDS_TOO_MUCH, REPORT | {"peak": 3 * GIB})
     assert plan.plan(fields(), REQUEST) == plan.DOES_NOT_FIT == 1
     out = capsys.readouterr().out
-    assert "20.00 GiB needed, 15.75 GiB there per chip: DOES NOT FIT" in out
+    assert "over 20.00 GiB needed, 15.75 GiB there per chip: DOES NOT FIT" in out
     assert "--config.mesh.data=1 --config.mesh.fsdp=-1 --config.model.net.decoder.remat=full --config.model.net.encoder.remat=full --config.optim.accumulate=4 (peak 3.00 GiB)" in out
     assert [config["model"]["net"]["decoder"]["remat"] for config in asked] == ["dots", "full", "full", "full"]
 
@@ -87,6 +87,15 @@ def test_nothing_that_was_tried_fits(answer, capsys):
 def test_warnings(change, words):
     (found,) = plan.warnings(REPORT | change)
     assert words in found
+
+
+@pytest.mark.parametrize("message, gib", [
+    ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (18.52G) exceeds available HBM (15.75G).", 18.52),
+    ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 1.5T of 15.75G hbm.", 1536),
+])  # fmt: skip
+def test_what_the_compiler_says_of_too_large_a_program(message, gib):
+    assert compile_only.memory_needed(message) == gib * GIB
+    assert compile_only.memory_needed("INTERNAL: Mosaic failed") is None
 
 
 def test_json(answer, capsys):
