@@ -10,7 +10,7 @@ import os
 import jax
 import numpy as np
 
-from addp_jax import errors, evaluate, writers
+from addp_jax import errors, evaluate, partition, writers
 from addp_jax.data import features, pipeline, sources, transforms
 
 TOP = 5  # classes named per image

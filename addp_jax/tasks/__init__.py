@@ -16,6 +16,7 @@ Where a task needs them:
 
     load_pretrained() -> params    those that do not start at random: a part of what init gives, as numpy arrays
     open_source(split, data) -> source   instead of the images that `data` describes
+    compact                        names of networks that compute in `dtype` alone: where frozen, their kernels are kept in it
     reconstruct(params, frozen, image) -> image   of a tokenizer: float [B,H,W,3] in [0,1], the result not clipped
     nets(params, frozen), sampler, sampler_config   of a generator: see `addp_jax.samplers`
     logits, features(params, frozen, image uint8 [B,H,W,3])   of a task that recognises images: [B,C], [B,D]
