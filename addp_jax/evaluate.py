@@ -129,14 +129,24 @@ def compiled(config: Config, task, mesh):
     return features.load(config.features, config.inception_weights, mesh, *fields), jax.jit(make)
 
 
-def load(program, workdir: str):
-    """`(params, frozen)` of the newest checkpoint in `workdir`, on the mesh."""
-    layouts = jax.tree.map(lambda leaf: leaf.sharding, program.state.params)
+def read(program, workdir: str):
+    """`(params, frozen)` of the newest checkpoint in `workdir`, as numpy arrays."""
     params, info = checkpoint.load_params(workdir, ema=True)
     params = weights.fit(params, program.state.params, workdir)
     print(f"{workdir}: parameters of step {info['step']}")
+    return params, program.task.load_frozen()
+
+
+def place(program, params, frozen):
+    """What `read` gives, on the mesh."""
+    layouts = jax.tree.map(lambda leaf: leaf.sharding, program.state.params)
     params = jax.device_put(params, {name: layouts[name] for name in params})
-    return params, jax.device_put(program.task.load_frozen(), partition.replicated(program.mesh))
+    return params, jax.device_put(frozen, partition.replicated(program.mesh))
+
+
+def load(program, workdir: str):
+    """`(params, frozen)` of the newest checkpoint in `workdir`, on the mesh."""
+    return place(program, *read(program, workdir))
 
 
 def evaluate(program, workdir: str) -> None:

@@ -15,7 +15,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: checkpoints,
 NOMINAL_STEPS = 1000  # of an epoch, where nothing is trained and the training split is not opened
 CONVERSIONS = ("import", "export")  # modes without a config
 MODES = ["train", "evaluate", "generate", "predict", "features", "robustness", "benchmark", *CONVERSIONS]
-MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do")
+MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do; configs/base.py says what every field of config.MODE means")
 WEIGHTS = flags.DEFINE_multi_string(
     "weights", [], "import: weight file; export: run folder or file with a network that --workdir lacks. May be repeated"
 )
@@ -47,7 +47,7 @@ def convert() -> None:
 
 
 def run() -> None:
-    from addp_jax import benchmark, evaluate, generate, predict, robustness, schema, train
+    from addp_jax import benchmark, evaluate, generate, predict, robustness, schema, sweep, train
 
     fields = CONFIG.value.to_dict()
     config = schema.build(train.Config, fields)
@@ -67,7 +67,9 @@ def run() -> None:
     if MODE.value == "robustness":
         settings = schema.build(robustness.Config, config.robustness, "config.robustness")
         return robustness.robustness(program, settings, WORKDIR.value)
-    return generate.generate(program, schema.build(generate.Config, config.generate, "config.generate"), WORKDIR.value)
+    settings = schema.build(generate.Config, config.generate, "config.generate")
+    run_mode = sweep.sweep if settings.sweep else generate.generate
+    return run_mode(program, settings, WORKDIR.value)
 
 
 def main(argv) -> None:

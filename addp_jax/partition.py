@@ -15,7 +15,7 @@ import re
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from addp_jax import errors
@@ -152,6 +152,26 @@ def per_device(function, mesh: Mesh):
     return jax.shard_map(
         function, mesh=mesh, in_specs=(PartitionSpec(), batched), out_specs=batched, check_vma=False
     )
+
+
+def to_devices(batch, mesh: Mesh):
+    """A pytree of numpy arrays, the same in every process, with the first dimension split over the devices."""
+    layout = batch_sharding(mesh)
+    return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, layout, lambda index: a[index]), batch)
+
+
+def to_host(array) -> np.ndarray:
+    """The whole array in every process; all of them must call it."""
+    if jax.process_count() > 1:
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
+def from_first_process(array) -> np.ndarray:
+    """The first process's numpy array, in every process; all of them must call it."""
+    if jax.process_count() > 1:
+        return np.asarray(multihost_utils.broadcast_one_to_all(array))
+    return array
 
 
 def compute_dtype(name: str, mesh: Mesh):

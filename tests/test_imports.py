@@ -12,12 +12,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 # A room imports from lower layers and from itself. Rooms of one layer do not know each other.
 LAYERS = (
     {"main"},
+    {"sweep"},
     {"generate", "predict", "robustness", "benchmark", "plan", "judge", "measure"},
     {"train"},
-    {"evaluate"},
+    {"evaluate", "starts"},
     {"tasks"},
     {"interop"},
-    {"models", "samplers", "metrics", "data", "optim", "checkpoint", "writers"},
+    {"models", "samplers", "metrics", "data", "optim", "checkpoint", "writers", "sample_folder"},
     {"diffusion", "partition", "ops", "parameters", "schema"},
     {"errors"},
 )
