@@ -26,6 +26,22 @@ def mesh():
         yield one
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """Work directories of the three tiny stages, trained once."""
+    import programs
+
+    from addp_jax import train
+
+    root = tmp_path_factory.mktemp("trained")
+    train.train(programs.config("demo_tokenizer"), str(root / "tokenizer"))
+    weights = {"model__tokenizer_weights": str(root / "tokenizer")}
+    train.train(programs.config("demo_predictor", **weights), str(root / "predictor"))
+    weights["model__predictor_weights"] = str(root / "predictor")
+    train.train(programs.config("demo_addp", **weights), str(root / "addp"))
+    return root
+
+
 @pytest.fixture
 def torch():
     """PyTorch, for the tests of its file format; not a dependency, so they are skipped where it is missing."""
