@@ -209,6 +209,7 @@ def train(config: Config, workdir: str) -> None:
             log.close()
     if interrupt.requested and int(state.step) < run.length.total:
         print(f"stopped by a signal at step {int(state.step)}; the same command goes on from there")
+        processes.agreed(True)  # the first one may still be writing
         raise SystemExit(128 + signal.SIGTERM)
 
 

@@ -49,7 +49,7 @@ while [ ${#pids[@]} -gt 0 ]; do
     done
     if [ $status -ne 0 ] && [ $SECONDS -ge "$deadline" ]; then kill -KILL "${pids[@]}" 2>/dev/null || true; fi
     sleep 0.5 &
-    wait $! || true # a signal ends this wait, not a plain sleep
+    wait $! 2>/dev/null || true # a signal ends this wait, not a plain sleep; bash would print the whole command of a killed process
 done
 case $status in 0 | 2 | 143) ;; *) echo "the same command goes on from the newest checkpoint" >&2 ;; esac
 exit $status
