@@ -11,7 +11,7 @@ import json
 import jax
 import numpy as np
 
-from addp_jax import checkpoint, errors, partition, samplers, tasks, writers
+from addp_jax import checkpoint, errors, parameters, partition, samplers, tasks, writers
 from addp_jax.data import pipeline
 from addp_jax.interop import features, weights
 from addp_jax.metrics import feature_sets
@@ -130,7 +130,18 @@ def load(program, workdir: str):
     params = weights.fit(params, program.state.params, workdir)
     print(f"{workdir}: parameters of step {info['step']}")
     params = partition.put(params, {name: layouts[name] for name in params})
-    return params, partition.put(program.task.load_frozen(), partition.replicated(program.mesh))
+    return params, place(program, program.task.load_frozen())
+
+
+def place(program, frozen):
+    """Frozen networks on every device."""
+    return partition.put(compact(program, frozen), partition.replicated(program.mesh))
+
+
+def compact(program, networks):
+    """Networks as they are kept on the devices: kernels in the dtype of the computation where the task allows it."""
+    dtype = partition.compute_dtype(program.config.dtype, program.mesh)
+    return parameters.compact(networks, getattr(program.task, "compact", ()), dtype)
 
 
 def evaluate(program, workdir: str) -> None:

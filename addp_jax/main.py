@@ -14,7 +14,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; any field
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: checkpoints, logs, pictures")
 NOMINAL_STEPS = 1000  # of an epoch, where nothing is trained and the training split is not opened
 CONVERSIONS = ("import", "export")  # modes without a config
-MODES = ["train", "evaluate", "generate", "predict", "features", "robustness", "benchmark", *CONVERSIONS]
+MODES = ["train", "evaluate", "generate", "predict", "features", "robustness", "benchmark", "plan", *CONVERSIONS]
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do")
 WEIGHTS = flags.DEFINE_multi_string(
     "weights", [], "import: weight file; export: run folder or file with a network that --workdir lacks. May be repeated"
@@ -29,6 +29,11 @@ COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT on which proce
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many there are")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: which of them this is, from 0")
 FORCE = flags.DEFINE_bool("force", False, "export: replace an existing --output")
+TOPOLOGY = flags.DEFINE_string("topology", None, "plan: what to compile for: v5e:16x16, v5e-256, v4-256, v5p-128, v6e-256, h100x8")
+NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "plan: TPU slices of this topology")
+PROGRAM = flags.DEFINE_enum("program", "train", ["train", "sample"], "plan: the training step, or the sampler of --mode=generate")
+LEVEL = flags.DEFINE_enum("level", "O0", ["O0", "default"], "plan: effort of the compiler; default takes ten times as long")
+JSON = flags.DEFINE_bool("json", False, "plan: print one JSON line")
 
 
 def parse(argv):
@@ -50,6 +55,15 @@ def convert() -> None:
     if MODE.value == "import":
         return convert.import_weights(WEIGHTS.value, WORKDIR.value)
     return convert.export_weights(WORKDIR.value, WEIGHTS.value, OUTPUT.value, LAYOUT.value, EMA.value, FORCE.value)
+
+
+def plan_run() -> None:
+    from addp_jax import plan
+
+    if not TOPOLOGY.value:
+        raise errors.UserError("--topology is missing: what to compile for, such as --topology=v5e:16x16")
+    request = plan.Request(TOPOLOGY.value, PROGRAM.value, NUM_SLICES.value, LEVEL.value, JSON.value)
+    sys.exit(plan.plan(CONFIG.value.to_dict(), request))
 
 
 def run() -> None:
@@ -92,7 +106,7 @@ def main(argv) -> None:
         sys.exit(2)
     logging.set_verbosity(logging.WARNING)  # jax tells of every backend it does not find
     try:
-        convert() if MODE.value in CONVERSIONS else run()
+        plan_run() if MODE.value == "plan" else convert() if MODE.value in CONVERSIONS else run()
     except errors.UserError as error:
         from addp_jax import processes
 

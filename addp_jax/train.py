@@ -42,9 +42,13 @@ class Config:
     evaluate: evaluate.Config = evaluate.Config()
     # What may change between two starts of one run, because no number depends on it.
     # The path of `init` may change as well: the content counts.
-    FREE = ("init", "mesh", "checkpoint", "generate", "predict", "robustness", "evaluate", "log_every", "eval_every", "eval_batches")
+    FREE = (
+        "init", "mesh", "checkpoint", "generate", "predict", "robustness", "evaluate",
+        "log_every", "eval_every", "eval_batches",
+    )  # fmt: skip
     FREE_DATA = ("class_names", "workers", "threads", "prefetch")
-    FREE_MODEL = ("sampler", "num_samples", "cache", "neighbours")  # and the paths of weights: their content counts
+    # And the paths of weights: their content counts.
+    FREE_MODEL = ("sampler", "num_samples", "cache", "neighbours", "temperature")
 
 
 def check(config: Config, mesh) -> None:
@@ -165,8 +169,9 @@ def build(config: Config, num_train: int = 0, mesh=None) -> Run:
     schedule = optim.schedule(config.optim, run, config.batch_size)
     optimizer = optim.build(config.optim, schedule)
     init = make_init(task, optimizer, config)
+    key = jax.random.key(config.seed)  # made outside of the mesh, whose devices may exist in a plan only
     with jax.set_mesh(mesh):
-        shapes = jax.eval_shape(init, jax.random.key(0))
+        shapes = jax.eval_shape(init, key)
     layout = partition.shardings(shapes, mesh)
     everywhere = partition.replicated(mesh)
     step = jax.jit(
@@ -190,7 +195,7 @@ def train(config: Config, workdir: str) -> None:
         if config.evaluate.features:
             evaluate.prepare(run)  # a mistake there is told before the first step
         saver = checkpoint.Checkpointer(workdir, config.checkpoint, identity(config, frozen, initial))
-        frozen = partition.put(frozen, partition.replicated(run.mesh))
+        frozen = evaluate.place(run, frozen)
         state, start = saver.restore_latest(run.state) or (run.init(jax.random.key(config.seed), initial), 0)
         if start >= run.length.total:
             print(f"{workdir}: already trained to step {start} of {run.length.total}")

@@ -2,21 +2,23 @@
 # Trains the three stages (tokenizer, token predictor, ADDP) at demo size and draws pictures.
 usage() {
     cat <<'HELP'
-launch/demo.sh [--data FOLDER] [--size PIXELS] [--out FOLDER]
+launch/demo.sh [--data FOLDER] [--size PIXELS] [--out FOLDER] [--config.FIELD=VALUE...]
 
   --data FOLDER    your own images (class sub-folders or a flat folder) instead of generated shapes
   --size PIXELS    side of the images, a multiple of 8 (default 48)
   --out FOLDER     where runs and pictures go (default runs/demo); a stopped demo goes on from there
+  --config.*       fields of configs/base.py for all three stages
 HELP
 }
 set -euo pipefail
-data="" size=48 out=runs/demo
+data="" size=48 out=runs/demo flags=()
 while [ $# -gt 0 ]; do
     case $1 in
         --data | --size | --out)
             [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; }
             printf -v "${1#--}" %s "$2"
             shift 2 ;;
+        --config.*=*) flags+=("$1"); shift ;;
         -h | --help) usage; exit 0 ;;
         *) echo "error: unknown option $1" >&2; usage >&2; exit 2 ;;
     esac
@@ -36,7 +38,7 @@ source=()
 started=$SECONDS
 
 main() { # mode, config, run folder, more flags
-    python -m addp_jax.main --mode="$1" --config="configs/$2.py:$size" --workdir="$out/$3" "${@:4}"
+    python -m addp_jax.main --mode="$1" --config="configs/$2.py:$size" --workdir="$out/$3" "${@:4}" "${flags[@]}"
 }
 
 distance=() # at every evaluation: how far the stage's own pictures are from held-out ones, by the judge's features

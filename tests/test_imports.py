@@ -12,13 +12,15 @@ ROOT = pathlib.Path(__file__).parents[1]
 # A room imports from lower layers and from itself. Rooms of one layer do not know each other.
 LAYERS = (
     {"main"},
-    {"generate", "predict", "robustness", "benchmark", "plan", "judge", "measure"},
+    {"plan"},
+    {"compile_only"},
+    {"generate", "predict", "robustness", "benchmark", "judge", "measure"},
     {"train"},
     {"evaluate"},
     {"tasks"},
     {"interop"},
     {"models", "samplers", "metrics", "data", "optim", "checkpoint", "writers"},
-    {"diffusion", "partition", "processes", "ops", "parameters", "schema"},
+    {"diffusion", "flops", "hlo", "topologies", "partition", "processes", "ops", "parameters", "schema"},
     {"errors"},
 )
 # Library -> where alone it may be imported.

@@ -47,7 +47,8 @@ def shapes(name: str, arg: str = "") -> dict:
 
 @pytest.mark.parametrize(
     "sizes, expected",
-    [((-1, 1, 1), (8, 1, 1)), ((2, -1, 2), (2, 2, 2)), ((1, 2, -1), (1, 2, 4)), ((4, 2, 1), (4, 2, 1)), ((8, 1, -1), (8, 1, 1))],
+    [((-1, 1, 1), (8, 1, 1)), ((2, -1, 2), (2, 2, 2)), ((1, 2, -1), (1, 2, 4)), ((4, 2, 1), (4, 2, 1)), ((8, 1, -1), (8, 1, 1)),
+     ((-1, -2, 1), (4, 2, 1)), ((-1, -16, 1), (1, 8, 1)), ((-1, -12, 1), (2, 4, 1))],
 )
 def test_one_size_may_be_left_open(sizes, expected):
     mesh = partition.make_mesh(partition.Config(*sizes))
@@ -55,7 +56,7 @@ def test_one_size_may_be_left_open(sizes, expected):
     assert set(mesh.axis_types) == {AxisType.Auto}
 
 
-@pytest.mark.parametrize("sizes", [(-1, -1, 1), (3, -1, 1), (2, 2, 1), (16, 1, 1), (0, -1, 1), (0, 8, 1), (-2, -4, 1), (-1, -2, 1)])
+@pytest.mark.parametrize("sizes", [(-1, -1, 1), (3, -1, 1), (2, 2, 1), (16, 1, 1), (0, -1, 1), (0, 8, 1), (-2, -4, 1)])
 def test_sizes_that_do_not_fit_the_devices_are_refused(sizes):
     with pytest.raises(errors.UserError, match="config.mesh: data=.* the 8 devices present"):
         partition.make_mesh(partition.Config(*sizes))

@@ -1,14 +1,18 @@
-"""Features of a whole split: computed once, kept in a file, read like any other source."""
+"""Features of images: computed once, kept in a file, read like any other source."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
+import pathlib
 import tempfile
 from collections.abc import Callable, Iterable
 
+import msgpack
 import numpy as np
+from array_record.python import array_record_module
 
 from addp_jax import errors, partition, processes
 from addp_jax.data import pipeline
@@ -41,8 +45,15 @@ class Features:
 
 
 def identity(*parts: str) -> str:
-    """16 hex digits of what the features depend on."""
-    return hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()
+    """16 hex digits of what the features depend on: `parts`, and the code of this package."""
+    return hashlib.blake2b("\0".join((*parts, code())).encode(), digest_size=8).hexdigest()
+
+
+@functools.cache
+def code() -> str:
+    """Changes with the networks, the transforms and the generated pictures."""
+    files = sorted(pathlib.Path(__file__).parents[1].glob("*/*.py"))
+    return hashlib.blake2b(b"\0".join(file.read_bytes() for file in files), digest_size=8).hexdigest()
 
 
 def cached(folder: str, key: str, source, compute: Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]) -> Features:
@@ -69,11 +80,29 @@ def write(path: str, batches: Iterable[tuple[np.ndarray, np.ndarray]], classes: 
     """Writes an .npz of features float32 [N,D], labels int32 [N], classes and `more`; it appears when complete."""
     features, labels = zip(*batches)
     arrays = dict(features=np.concatenate(features).astype(np.float32), labels=np.concatenate(labels).astype(np.int32))
+    save(path, lambda part: np.savez(part, **arrays, classes=np.array(classes, str), **more))
+
+
+def write_records(path: str, batches: Iterable[tuple[np.ndarray, np.ndarray]], paths: list[str]) -> None:
+    """Writes an array_record of msgpack {"features": D little-endian float32, "label": int, "path": str}."""
+    rows = ((feature, label) for batch in batches for feature, label in zip(*batch))
+
+    def fill(part):
+        writer = array_record_module.ArrayRecordWriter(part, "group_size:1")
+        for (feature, label), name in zip(rows, paths, strict=True):
+            writer.write(msgpack.packb({"features": feature.astype("<f4").tobytes(), "label": int(label), "path": name}))
+        writer.close()
+
+    save(path, fill)
+
+
+def save(path: str, fill: Callable[[str], None]) -> None:
+    """Makes a file by `fill`, under another name of the same ending until it is complete."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=os.path.dirname(path) or ".", suffix=".part", delete=False) as file:
-            np.savez(file, **arrays, classes=np.array(classes, str), **more)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=os.path.dirname(path) or ".") as room:
+            fill(os.path.join(room, os.path.basename(path)))
+            os.replace(os.path.join(room, os.path.basename(path)), path)
     except OSError as error:
         raise errors.UserError(f"cannot write {path}: {error.strerror or error}") from error
 

@@ -38,6 +38,8 @@ class Config:
 class Task:
     """See `addp_jax.tasks`."""
 
+    compact = ("tokenizer", "token_predictor", "pixel_to_token")
+
     def __init__(self, config: Config, dtype):
         self.config = config
         self.image_size = config.tokenizer.image_size
