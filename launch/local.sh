@@ -39,7 +39,7 @@ while [ ${#pids[@]} -gt 0 ]; do
         if kill -0 "${pids[i]}" 2>/dev/null; then continue; fi
         ended=0
         wait "${pids[i]}" || ended=$?
-        [ $ended -ge 0 ] || ended=1 # bash has been seen to say -1 when a signal came at the same time
+        [ $ended -ge 0 ] || ended=1 # bash has been seen to say -1
         unset "pids[i]"
         [ $ended -ne 0 ] || continue
         [ $status -ne 0 ] || deadline=$((SECONDS + GRACE))
