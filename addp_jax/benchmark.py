@@ -9,7 +9,7 @@ import time
 import jax
 import numpy as np
 
-from addp_jax import errors, partition, train
+from addp_jax import errors, evaluate, partition, train
 
 REPEATS = 3
 
@@ -23,7 +23,7 @@ def benchmark(config: train.Config) -> None:
     batch = {"image": rng.integers(0, 256, (config.batch_size, size, size, 3), np.uint8)}
     batch["label"] = np.zeros(config.batch_size, np.int32)
     with jax.set_mesh(program.mesh):
-        frozen = jax.device_put(program.task.load_frozen(), partition.replicated(program.mesh))
+        frozen = evaluate.place(program, program.task.load_frozen())
         batch = jax.device_put(batch, partition.batch_sharding(program.mesh))
         state = program.init(jax.random.key(config.seed))
         started = time.perf_counter()

@@ -29,9 +29,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from flax import traverse_util
-from jax.experimental import multihost_utils
 
-from addp_jax import errors, parameters
+from addp_jax import errors, parameters, processes
 
 MANIFEST = "blake2.json"
 IDENTITY = "identity.json"
@@ -173,9 +172,9 @@ class Checkpointer:
         """(state, "") or (None, what is damaged); every process gives the same answer."""
         folder = self._root / str(step)
         state, problem = None, _inspect(folder) if jax.process_index() == 0 else ""
-        if _everywhere(not problem):
+        if processes.agreed(not problem):
             state, problem = _attempt(folder, lambda: self._read(folder, abstract_state))
-            if _everywhere(not problem):
+            if processes.agreed(not problem):
                 return state, ""
         return None, problem or "another host cannot read it"
 
@@ -197,7 +196,7 @@ class Checkpointer:
             print(f"checkpoint {folder} is damaged ({problem}); {then}", file=sys.stderr)
             before = len(list(self._root.glob(f"{step}.damaged*")))
             os.rename(folder, f"{folder}.damaged{before or ''}")
-        _everywhere(True)  # wait for the rename
+        processes.agreed(True)  # wait for the rename
         self._orbax().reload()
 
 
@@ -221,7 +220,8 @@ def load_params(path, *, ema):
             result, problem = _attempt(folder, lambda: _read_params(folder, ema))
         if not problem:
             return result
-        print(f"checkpoint {folder} is damaged ({problem}); not used", file=sys.stderr)
+        if jax.process_index() == 0:
+            print(f"checkpoint {folder} is damaged ({problem}); not used", file=sys.stderr)
     raise errors.UserError(f"all checkpoints in {path} are damaged")
 
 
@@ -331,11 +331,12 @@ def _require_writable(root):
 def _require_identity(root, identity):
     """Writes `identity`, or raises UserError if the checkpoints here are those of another."""
     identity = json.loads(json.dumps(identity))
+    if jax.process_index() == 0 and (_read_identity(root) is None or not _steps(root)):
+        _write_atomically(root / IDENTITY, json.dumps(identity, indent=1))  # there is nothing to mix up
+    processes.agreed(True)  # wait for the file
     saved = _read_identity(root)
-    if saved is None or not _steps(root):  # without checkpoints there is nothing to mix up
-        if jax.process_index() == 0:
-            _write_atomically(root / IDENTITY, json.dumps(identity, indent=1))
-        return
+    if saved is None:
+        raise errors.UserError(f"--workdir {root.parent}: not the same folder for all processes; give one that they share")
     old, new = (traverse_util.flatten_dict(tree, sep=".") for tree in (saved, identity))
     fields = [
         f"{name} was {old.get(name, 'absent')!r}, is {new.get(name, 'absent')!r}"
@@ -356,10 +357,3 @@ def _read_identity(root):
 
 def _first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def _everywhere(flag):
-    """Whether `flag` holds on every process."""
-    if jax.process_count() == 1:
-        return flag
-    return bool(np.all(multihost_utils.process_allgather(np.asarray(flag))))

@@ -11,7 +11,7 @@ import json
 import jax
 import numpy as np
 
-from addp_jax import checkpoint, errors, partition, samplers, tasks, writers
+from addp_jax import checkpoint, errors, parameters, partition, samplers, tasks, writers
 from addp_jax.data import pipeline
 from addp_jax.interop import features, weights
 from addp_jax.metrics import feature_sets
@@ -53,7 +53,7 @@ def on_device(program, source, batch_size: int):
     config = program.config.data
     batches = pipeline.eval_batches(
         source, program.task.transform("eval", config), batch_size=batch_size, config=config,
-        process_index=jax.process_index(), process_count=jax.process_count(),
+        rows=partition.rows(program.mesh, batch_size),
     )  # fmt: skip
     return pipeline.to_device(batches, partition.batch_sharding(program.mesh))
 
@@ -78,7 +78,7 @@ def distances(program, params, frozen) -> tuple[dict, dict]:
         for (gathered, digest), image in zip(sets.values(), (batch["image"], made)):
             left = config.num_images - first
             gathered.add({name: rows[:left] for name, rows in net(image).items()})
-            digest.update(np.ascontiguousarray(np.asarray(everywhere(image))[:left]))
+            digest.update(np.ascontiguousarray(partition.whole(image)[:left]))
     values = feature_sets.compare(*(gathered for gathered, _ in sets.values()))
     if reconstructs(program.task):
         values = {"frechet": values["frechet"]}
@@ -90,12 +90,6 @@ def distances(program, params, frozen) -> tuple[dict, dict]:
         "features": {"network": net.name, "weights": net.weights},
         **{name: {"images": config.num_images, "hash": digest.hexdigest()} for name, (_, digest) in sets.items()},
     }
-
-
-@jax.jit
-def everywhere(image):
-    """[B,H,W,3] whole on every device, so that every process can read it."""
-    return partition.constrain(image, None, None, None, None)
 
 
 def reconstructs(task) -> bool:
@@ -135,8 +129,19 @@ def load(program, workdir: str):
     params, info = checkpoint.load_params(workdir, ema=True)
     params = weights.fit(params, program.state.params, workdir)
     print(f"{workdir}: parameters of step {info['step']}")
-    params = jax.device_put(params, {name: layouts[name] for name in params})
-    return params, jax.device_put(program.task.load_frozen(), partition.replicated(program.mesh))
+    params = partition.put(params, {name: layouts[name] for name in params})
+    return params, place(program, program.task.load_frozen())
+
+
+def place(program, frozen):
+    """Frozen networks on every device."""
+    return partition.put(compact(program, frozen), partition.replicated(program.mesh))
+
+
+def compact(program, networks):
+    """Networks as they are kept on the devices: kernels in the dtype of the computation where the task allows it."""
+    dtype = partition.compute_dtype(program.config.dtype, program.mesh)
+    return parameters.compact(networks, getattr(program.task, "compact", ()), dtype)
 
 
 def evaluate(program, workdir: str) -> None:
@@ -147,6 +152,7 @@ def evaluate(program, workdir: str) -> None:
         measures, provenance = distances(program, params, frozen)
     if not scalars:
         raise errors.UserError("config.data: the evaluation split is empty")
-    for path in writers.save_pictures(f"{workdir}/evaluation", images):
-        print(path)
-    print(json.dumps(scalars | measures | provenance))
+    if jax.process_index() == 0:
+        for path in writers.save_pictures(f"{workdir}/evaluation", images):
+            print(path)
+        print(json.dumps(scalars | measures | provenance))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from addp_jax import errors, evaluate, samplers, writers
+from addp_jax import errors, evaluate, partition, samplers, writers
 from addp_jax.data import sources, transforms
 
 
@@ -45,18 +45,29 @@ def generate(program, config: Config, workdir: str) -> None:
     os.makedirs(os.path.join(output, "images"), exist_ok=True)
     with jax.set_mesh(program.mesh):
         params, frozen = evaluate.load(program, workdir)
+        params = gather(program)(params)
         starts = Starts(config, task.config.tokenizer.image_size)
         sample = jax.jit(samplers.per_device(task, config.mask_ratio, program.mesh))
-        shards = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
-        batch_size = -(-config.batch_size // shards) * shards  # as many images on each device
+        size = batch_size(config, program.mesh)
         progress = writers.Progress(len(starts), 0, unit="image")
-        for first in range(0, len(starts), batch_size):
-            images = sample((params, frozen), starts.batch(first, batch_size))
+        for first in range(0, len(starts), size):
+            images = sample((params, frozen), starts.batch(first, size))
             write_images(output, first, np.asarray(images)[: len(starts) - first])
-            progress.update(min(first + batch_size, len(starts)))
+            progress.update(min(first + size, len(starts)))
         progress.close()
         strips = film_strips(task, params, frozen, starts, config)
     collect(output, len(starts), strips)
+
+
+def gather(program):
+    """Jitted `params -> params`, whole on every device: each samples on its own."""
+    return jax.jit(lambda params: evaluate.compact(program, params), out_shardings=partition.replicated(program.mesh))
+
+
+def batch_size(config: Config, mesh) -> int:
+    """`config.batch_size`, or a little more: as many images on each device."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-config.batch_size // shards) * shards
 
 
 class Starts:

@@ -14,15 +14,26 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; any field
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: checkpoints, logs, pictures")
 NOMINAL_STEPS = 1000  # of an epoch, where nothing is trained and the training split is not opened
 CONVERSIONS = ("import", "export")  # modes without a config
-MODES = ["train", "evaluate", "generate", "predict", "features", "robustness", "benchmark", *CONVERSIONS]
+MODES = ["train", "evaluate", "generate", "predict", "features", "robustness", "benchmark", "plan", *CONVERSIONS]
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do")
 WEIGHTS = flags.DEFINE_multi_string(
     "weights", [], "import: weight file; export: run folder or file with a network that --workdir lacks. May be repeated"
 )
 OUTPUT = flags.DEFINE_string("output", None, "export: file to write, .safetensors or .pth")
-LAYOUT = flags.DEFINE_enum("layout", None, ["addp", "mage", "vqgan", "timm"], "export: whose tensor names")
+LAYOUT = flags.DEFINE_enum("layout", None, ["addp", "mage", "vqgan", "finetune", "timm"], "export: whose tensor names")
 EMA = flags.DEFINE_bool("ema", True, "export: the averaged parameters where there are; --noema: the raw ones")
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "This is one of several processes, which Slurm, TPU metadata or Open MPI tell of; or the flags below"
+)
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT on which process 0 listens for the others")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many there are")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: which of them this is, from 0")
 FORCE = flags.DEFINE_bool("force", False, "export: replace an existing --output")
+TOPOLOGY = flags.DEFINE_string("topology", None, "plan: what to compile for: v5e:16x16, v5e-256, v4-256, v5p-128, v6e-256, h100x8")
+NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "plan: TPU slices of this topology")
+PROGRAM = flags.DEFINE_enum("program", "train", ["train", "sample"], "plan: the training step, or the sampler of --mode=generate")
+LEVEL = flags.DEFINE_enum("level", "O0", ["O0", "default"], "plan: effort of the compiler; default takes ten times as long")
+JSON = flags.DEFINE_bool("json", False, "plan: print one JSON line")
 
 
 def parse(argv):
@@ -46,11 +57,30 @@ def convert() -> None:
     return convert.export_weights(WORKDIR.value, WEIGHTS.value, OUTPUT.value, LAYOUT.value, EMA.value, FORCE.value)
 
 
+def plan_run() -> None:
+    from addp_jax import plan
+
+    if not TOPOLOGY.value:
+        raise errors.UserError("--topology is missing: what to compile for, such as --topology=v5e:16x16")
+    request = plan.Request(TOPOLOGY.value, PROGRAM.value, NUM_SLICES.value, LEVEL.value, JSON.value)
+    sys.exit(plan.plan(CONFIG.value.to_dict(), request))
+
+
 def run() -> None:
+    from addp_jax import processes, schema, train
+
+    config = schema.build(train.Config, CONFIG.value.to_dict())
+    members = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    if DISTRIBUTED.value or any(value is not None for value in members):
+        processes.start(*members, interruptible=MODE.value == "train")
+    with processes.noticing_losses():
+        run_mode(config)
+        processes.agreed(True)  # the first one may still be writing
+
+
+def run_mode(config) -> None:
     from addp_jax import benchmark, evaluate, generate, predict, robustness, schema, train
 
-    fields = CONFIG.value.to_dict()
-    config = schema.build(train.Config, fields)
     if MODE.value == "benchmark":
         return benchmark.benchmark(config)
     if not WORKDIR.value:
@@ -62,8 +92,8 @@ def run() -> None:
     if MODE.value == "evaluate":
         return evaluate.evaluate(program, WORKDIR.value)
     if MODE.value in ("predict", "features"):
-        run_mode = predict.predict if MODE.value == "predict" else predict.write_features
-        return run_mode(program, schema.build(predict.Config, config.predict, "config.predict"), WORKDIR.value)
+        over_images = predict.predict if MODE.value == "predict" else predict.write_features
+        return over_images(program, schema.build(predict.Config, config.predict, "config.predict"), WORKDIR.value)
     if MODE.value == "robustness":
         settings = schema.build(robustness.Config, config.robustness, "config.robustness")
         return robustness.robustness(program, settings, WORKDIR.value)
@@ -76,9 +106,11 @@ def main(argv) -> None:
         sys.exit(2)
     logging.set_verbosity(logging.WARNING)  # jax tells of every backend it does not find
     try:
-        convert() if MODE.value in CONVERSIONS else run()
+        plan_run() if MODE.value == "plan" else convert() if MODE.value in CONVERSIONS else run()
     except errors.UserError as error:
-        print("error:", error, file=sys.stderr)
+        from addp_jax import processes
+
+        print(f"error: {processes.name()}{error}", file=sys.stderr)
         sys.exit(2)
 
 

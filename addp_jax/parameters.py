@@ -28,6 +28,15 @@ def match(loaded, expected, *, where, allow_missing=(), allow_unexpected=()):
     return traverse_util.unflatten_dict(kept, sep="/")
 
 
+def compact(networks: dict, names, dtype) -> dict:
+    """The networks `names` with their kernels, which are converted where they are used anyway, in `dtype`: no result changes."""
+
+    def one(path, leaf):
+        return leaf.astype(dtype) if path[-1].key == "kernel" else leaf
+
+    return {name: jax.tree_util.tree_map_with_path(one, net) if name in names else net for name, net in networks.items()}
+
+
 def replaced(params, new):
     """`params` with the leaves of `new`, a part of the same tree, in their places."""
     return traverse_util.unflatten_dict({**traverse_util.flatten_dict(params), **traverse_util.flatten_dict(new)})

@@ -11,6 +11,7 @@ The mesh has three axes. Eight devices as `Config(data=2, fsdp=2, tensor=2)`:
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 
 import jax
@@ -57,7 +58,7 @@ PARAMETERS = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Mesh sizes; one may be -1 (all remaining devices)."""
+    """Mesh sizes; one may be -1 (all remaining devices). fsdp=-16: the largest size up to 16 that divides 16 and the devices."""
 
     data: int = -1
     fsdp: int = 1
@@ -67,7 +68,8 @@ class Config:
 def make_mesh(config: Config, devices=None) -> Mesh:
     """The mesh over `devices` (default: all). Raises UserError when the sizes do not multiply to their number."""
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [config.data, config.fsdp, config.tensor]
+    fsdp = math.gcd(len(devices), config.fsdp) if config.fsdp < -1 else config.fsdp
+    sizes = [config.data, fsdp, config.tensor]
     if sizes.count(-1) == 1:
         sizes[sizes.index(-1)] = len(devices) // max(1, -int(np.prod(sizes)))
     if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
@@ -75,8 +77,18 @@ def make_mesh(config: Config, devices=None) -> Mesh:
             f"config.mesh: data={config.data} fsdp={config.fsdp} tensor={config.tensor} does not multiply to the "
             f"{len(devices)} devices present; set one of them to -1"
         )
-    grid = mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Mesh(_grid(sizes, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _grid(sizes: list[int], devices: list) -> np.ndarray:
+    """`devices` in the shape `sizes`. Several TPU slices, which only a slow network joins, divide the data axis."""
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
+    if slices <= 1:
+        return mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
+    if sizes[0] % slices:
+        raise errors.UserError(f"config.mesh.data: {sizes[0]} is not a multiple of the {slices} slices, each of which needs whole copies")
+    inside = (sizes[0] // slices, *sizes[1:])
+    return mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
 
 
 def spec(*names: str | None) -> PartitionSpec:
@@ -144,6 +156,34 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Layout of anything whose first dimension is the batch."""
     return NamedSharding(mesh, spec("batch"))
+
+
+def put(tree, shardings):
+    """Arrays of the host, the same on every process, on the devices; `shardings`: one, or a tree of them."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    one = lambda leaf, sharding: jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
+    return jax.tree.map(one, tree, shardings)
+
+
+def rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a batch this process's devices hold, rising. They need not be neighbours, and processes that
+    share a `tensor` group hold the same."""
+    slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))
+
+
+def replicate(tree):
+    """Every array of `tree` whole on every device. For use under `jax.jit`, or on arrays that are on the mesh."""
+    return jax.tree.map(lambda array: constrain(array, *[None] * array.ndim), tree)
+
+
+def whole(tree):
+    """`tree` as numpy arrays, all of each on every process. All processes must ask, and for the same."""
+    spread = lambda leaf: isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
+    return jax.device_get(jax.jit(replicate)(tree) if any(map(spread, jax.tree.leaves(tree))) else tree)
 
 
 def per_device(function, mesh: Mesh):

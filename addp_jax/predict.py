@@ -1,4 +1,4 @@
-"""`--mode=predict` and `--mode=features`: what a trained network says of a folder of own images."""
+"""`--mode=predict` and `--mode=features`: what a network says of a folder of own images."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from addp_jax import errors, evaluate, partition, writers
 from addp_jax.data import features, pipeline, sources, transforms
 
 TOP = 5  # classes named per image
+FORMATS = ("npz", "array_record")
 NUM_PICTURES = 64  # images on the contact sheet
 
 
@@ -24,8 +25,11 @@ class Config:
     images: str = ""  # folder of own images
     output: str = ""  # folder; "" = <workdir>/predictions or <workdir>/features
     batch_size: int = 64
+    format: str = "npz"  # of features: npz | array_record
 
     def __post_init__(self):
+        if self.format not in FORMATS:
+            raise errors.UserError(f"config.predict.format: {self.format!r}; use {' or '.join(FORMATS)}")
         if self.batch_size < 1:
             raise errors.UserError(f"config.predict.batch_size: {self.batch_size}; use at least 1")
 
@@ -35,6 +39,8 @@ def predict(program, config: Config, workdir: str) -> None:
     names = class_names(program)
     output = config.output or os.path.join(workdir, "predictions")
     source, rows = over_images(program, config, workdir, "logits")
+    if jax.process_index():
+        return
     probs = np.asarray(jax.nn.softmax(np.concatenate([logits for logits, _ in rows])))
     order = np.argsort(-probs, axis=1)[:, :TOP]
     os.makedirs(output, exist_ok=True)
@@ -44,18 +50,30 @@ def predict(program, config: Config, workdir: str) -> None:
             scores = [[names[n], round(float(probs[i, n]), 4)] for n in top]
             file.write(json.dumps({"image": os.path.relpath(source.path(i), source.root), "top": scores}) + "\n")
     shown = range(min(len(source), NUM_PICTURES))
-    to_size, rng = transforms.eval_image(program.task.image_size), np.random.default_rng(0)
-    images = np.stack([to_size(source[i], rng)["image"] for i in shown])
+    transform, rng = transform_of(program.task), np.random.default_rng(0)
+    images = np.stack([transform(source[i], rng)["image"] for i in shown])
     captions = [f"{names[order[i, 0]]} {probs[i, order[i, 0]]:.0%}" for i in shown]
     for written in (path, *writers.save_pictures(output, {"predictions": writers.contact_sheet(captions, images)})):
         print(written)
 
 
 def write_features(program, config: Config, workdir: str) -> None:
-    """Write `features.npz`: features float32 [N,D], labels int32 [N] (zeros) and paths [N], in the order of the paths."""
+    """Write the features of every image, in the order of their paths, with the paths and with labels.
+
+    `features.npz`: features float32 [N,D], labels int32 [N], classes and paths; `features.array_record`: one record
+    per image (see `features.write_records`). The label is the number of the image's sub-folder, in sorted order.
+    """
     source, rows = over_images(program, config, workdir, "features")
-    path = os.path.join(config.output or os.path.join(workdir, "features"), "features.npz")
-    features.write(path, rows, (), paths=np.array([os.path.relpath(source.path(i), source.root) for i in range(len(source))]))
+    if jax.process_index():
+        return
+    path = os.path.join(config.output or os.path.join(workdir, "features"), f"features.{config.format}")
+    paths = [os.path.relpath(source.path(i), source.root) for i in range(len(source))]
+    classes, labels = np.unique([os.path.dirname(name).split(os.sep)[0] for name in paths], return_inverse=True)
+    rows = [(np.concatenate([row for row, _ in rows]), labels)]
+    if config.format == "npz":
+        features.write(path, rows, classes, paths=np.array(paths))
+    else:
+        features.write_records(path, rows, paths)
     print(path)
 
 
@@ -69,12 +87,19 @@ def over_images(program, config: Config, workdir: str, name: str):
     source = sources.open_folder(config.images, "config.predict.images")
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     batch_size = -(-config.batch_size // devices) * devices
-    transform = transforms.eval_image(task.image_size, task.config.crop_pct)
     with jax.set_mesh(mesh):
-        function = functools.partial(jax.jit(getattr(task, name)), *evaluate.load(program, workdir))
-        layout = partition.batch_sharding(mesh)
-        rows = list(features.batches_of(source, transform, function, program.config.data, batch_size, layout))
+        if name == "features" and hasattr(task, "open_source"):  # of a frozen encoder: nothing needs to be trained
+            nets = {}, partition.put(task.load_frozen(), partition.replicated(mesh))
+        else:
+            nets = evaluate.load(program, workdir)
+        function = functools.partial(jax.jit(getattr(task, name)), *nets)
+        rows = list(features.batches_of(source, transform_of(task), function, program.config.data, batch_size, mesh))
     return source, rows
+
+
+def transform_of(task):
+    """The evaluation's transform, without its check of labels: own images have none."""
+    return transforms.eval_image(task.image_size, task.config.crop_pct)
 
 
 def class_names(program) -> tuple[str, ...]:

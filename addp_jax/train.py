@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import signal
-import threading
 from typing import Any
 
 import flax.struct
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from addp_jax import checkpoint, errors, evaluate, optim, parameters, partition, tasks, writers
+from addp_jax import checkpoint, errors, evaluate, optim, parameters, partition, processes, tasks, writers
 from addp_jax.data import pipeline
 from addp_jax.interop import weights
 
@@ -43,9 +42,13 @@ class Config:
     evaluate: evaluate.Config = evaluate.Config()
     # What may change between two starts of one run, because no number depends on it.
     # The path of `init` may change as well: the content counts.
-    FREE = ("init", "mesh", "checkpoint", "generate", "predict", "robustness", "evaluate", "log_every", "eval_every", "eval_batches")
+    FREE = (
+        "init", "mesh", "checkpoint", "generate", "predict", "robustness", "evaluate",
+        "log_every", "eval_every", "eval_batches",
+    )  # fmt: skip
     FREE_DATA = ("class_names", "workers", "threads", "prefetch")
-    FREE_MODEL = ("sampler", "num_samples", "cache", "neighbours")  # and the paths of weights: their content counts
+    # And the paths of weights: their content counts.
+    FREE_MODEL = ("sampler", "num_samples", "cache", "neighbours", "temperature")
 
 
 def check(config: Config, mesh) -> None:
@@ -167,7 +170,7 @@ def build(config: Config, num_train: int = 0, mesh=None) -> Run:
     optimizer = optim.build(config.optim, schedule)
     init = make_init(task, optimizer, config)
     with jax.set_mesh(mesh):
-        shapes = jax.eval_shape(init, jax.random.key(0))
+        shapes = jax.eval_shape(lambda: init(jax.random.key(config.seed)))  # no key is made: a plan's devices do not exist
     layout = partition.shardings(shapes, mesh)
     everywhere = partition.replicated(mesh)
     step = jax.jit(
@@ -183,7 +186,7 @@ def build(config: Config, num_train: int = 0, mesh=None) -> Run:
 def train(config: Config, workdir: str) -> None:
     """Train to the end of the schedule, from the newest checkpoint in `workdir` if there is one."""
     run = build(config)
-    with jax.set_mesh(run.mesh), Interrupt() as interrupt:
+    with jax.set_mesh(run.mesh), processes.Interrupt() as interrupt:
         frozen = run.task.load_frozen()
         initial = run.task.load_pretrained() if hasattr(run.task, "load_pretrained") else {}
         if config.init:
@@ -191,18 +194,19 @@ def train(config: Config, workdir: str) -> None:
         if config.evaluate.features:
             evaluate.prepare(run)  # a mistake there is told before the first step
         saver = checkpoint.Checkpointer(workdir, config.checkpoint, identity(config, frozen, initial))
-        frozen = jax.device_put(frozen, partition.replicated(run.mesh))
+        frozen = evaluate.place(run, frozen)
         state, start = saver.restore_latest(run.state) or (run.init(jax.random.key(config.seed), initial), 0)
         if start >= run.length.total:
             print(f"{workdir}: already trained to step {start} of {run.length.total}")
             return
         batches = pipeline.train_batches(
             run.source, run.task.transform("train", config.data), seed=config.seed, batch_size=config.batch_size, start_step=start,
-            config=config.data, process_index=jax.process_index(), process_count=jax.process_count(),
+            config=config.data, rows=partition.rows(run.mesh, config.batch_size),
         )  # fmt: skip
         log = Log(workdir, run, saver, start)
         try:
-            state = loop(run, state, frozen, start, batches, saver, log, interrupt)
+            with processes.noticing_losses():  # before what is below waits for all
+                state = loop(run, state, frozen, start, batches, saver, log, interrupt)
         finally:
             batches.close()
             saver.close()
@@ -212,7 +216,7 @@ def train(config: Config, workdir: str) -> None:
         raise SystemExit(128 + signal.SIGTERM)
 
 
-def loop(run: Run, state, frozen, start: int, batches, saver, log: "Log", interrupt: "Interrupt"):
+def loop(run: Run, state, frozen, start: int, batches, saver, log: "Log", interrupt: processes.Interrupt):
     """The loop itself. The order matters: a checkpoint is made *before* the batch that follows it is taken, and
     a step's metrics are read only once the following step has been dispatched."""
     config, total = run.config, run.length.total
@@ -220,7 +224,8 @@ def loop(run: Run, state, frozen, start: int, batches, saver, log: "Log", interr
     for step in range(start, total):
         state, metrics = run.step(state, frozen, next(on_device))
         log.add(step + 1, metrics)
-        done, last = step + 1, step + 1 == total or interrupt.requested
+        done = step + 1
+        last = done == total or interrupt.after(done)
         if last or done % config.checkpoint.every == 0:
             log.flush()  # a non-finite loss ends the run here, before it is saved
             saver.save(done, state)
@@ -273,22 +278,3 @@ class Log:
         self.writer.close()
         if jax.process_index() == 0:
             writers.curves(f"{self.workdir}/log.jsonl", f"{self.workdir}/curves.png")
-
-
-class Interrupt:
-    """While entered, SIGTERM asks the loop to save and stop instead of killing the process."""
-
-    def __init__(self):
-        self.requested = False
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            self.before = signal.signal(signal.SIGTERM, self._request)
-        return self
-
-    def _request(self, *_):
-        self.requested = True
-
-    def __exit__(self, *_):
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self.before)

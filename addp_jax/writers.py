@@ -192,8 +192,11 @@ def confusion(matrix):
     order = np.argsort(accuracy)
     right.barh(range(len(order)), accuracy[order], height=1.0 if len(order) > NUMBERED_CLASSES else 0.8)
     right.set(title="accuracy of each class", xlim=(0, 1), ylim=(-0.5, len(order) - 0.5))
+    numbers = np.flatnonzero(matrix.sum(1) > 0)[order]
     if len(order) <= NUMBERED_CLASSES:
-        right.set_yticks(range(len(order)), np.flatnonzero(matrix.sum(1) > 0)[order])
+        right.set_yticks(range(len(order)), numbers)
+    else:
+        right.set(yticks=[], xlabel="worst: " + ", ".join(map(str, numbers[:NUMBERED_CLASSES])))
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
 
@@ -278,7 +281,7 @@ class Profile:
 def curves(log_path, out_png, keys=()):
     """Draws the scalars `keys` of a log.jsonl over the steps, one panel each, into `out_png`.
 
-    Without `keys`: the training loss and every evaluation scalar.
+    Without `keys`: the training loss and every evaluation scalar but those of single classes.
     """
     try:
         import matplotlib
@@ -287,7 +290,7 @@ def curves(log_path, out_png, keys=()):
     from matplotlib import figure
 
     lines = _read_log(log_path)
-    evaluated = sorted({key for line in lines for key in line if key.startswith("eval/")})
+    evaluated = sorted({key for line in lines for key in line if key.startswith("eval/") and "/class/" not in key})
     keys = keys or ["train/loss", *evaluated]
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
         # A Figure of its own, without pyplot: needs no display and leaves no global state.

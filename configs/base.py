@@ -58,7 +58,8 @@ def run(task: str, **model) -> ConfigDict:
             accumulate=1,  # micro-batches per step
             ema_decay=0.0,  # of the averaged parameters; 0 = no average
         ),
-        mesh=dict(data=-1, fsdp=1, tensor=1),  # devices along each axis; one may be -1, the rest
+        # devices along each axis; one may be -1, the rest; fsdp=-16: up to 16, as many as divide 16 and the devices
+        mesh=dict(data=-1, fsdp=1, tensor=1),
         checkpoint=dict(
             every=1000,  # steps
             keep=2,  # newest kept
@@ -84,6 +85,7 @@ def modes():
             images="",  # folder of own images
             output="",  # folder; "" = WORKDIR/predictions or WORKDIR/features
             batch_size=64,
+            format="npz",  # of features: npz | array_record
         ),
         robustness=dict(  # --mode=robustness: folders of the test sets; "" = not measured
             imagenet_a="",  # WNID/*.jpg
@@ -255,6 +257,14 @@ def addp_task(net, predictor, tokenizer):
     )
 
 
+def for_pods(config):
+    """Large models on many devices: parameters divided among 16, matrix products kept for the backward pass, the rest made again."""
+    config.mesh.fsdp = -16
+    for stack in (config.model.net.encoder, config.model.net.decoder):
+        stack.remat = "dots"
+    return config
+
+
 def sized(config, arg):
     """`config` as it is (arg ""), or shrunk to train in seconds on generated images (arg "tiny")."""
     if arg not in ("", "tiny"):
@@ -288,6 +298,7 @@ def tiny(config):
     if config.task == "addp":
         model.net = ConfigDict(pixel_to_token(image_size=16, patch_size=4, **net))
         model.predictor = ConfigDict(predictor(length=16, **net))
+    config.mesh.update(data=-1, fsdp=1, tensor=1)
     config.update(batch_size=8, epochs=0.0, steps=4, log_every=1, eval_every=4, eval_batches=1)
     config.data.update(source="shapes", path="", num_train=64, num_eval=16, threads=1)
     config.optim.update(warmup_steps=1, base_lr=1e-2)

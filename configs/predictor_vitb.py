@@ -15,4 +15,4 @@ def get_config(arg=""):
     config = base.run("token_predictor", **base.predictor_task(net, base.tokenizer()))
     config.update(epochs=1600.0)
     config.optim.update(base_lr=1.5e-4)
-    return base.sized(config, arg)
+    return base.sized(base.for_pods(config), arg)

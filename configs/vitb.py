@@ -15,4 +15,4 @@ def get_config(arg=""):
     model = base.addp_task(base.pixel_to_token(*size), base.predictor(*size), base.tokenizer())
     config = base.run("addp", **model)
     config.update(epochs=1600.0)
-    return base.sized(config, arg)
+    return base.sized(base.for_pods(config), arg)

@@ -2,21 +2,23 @@
 # Trains the three stages (tokenizer, token predictor, ADDP) at demo size and draws pictures.
 usage() {
     cat <<'HELP'
-launch/demo.sh [--data FOLDER] [--size PIXELS] [--out FOLDER]
+launch/demo.sh [--data FOLDER] [--size PIXELS] [--out FOLDER] [--config.FIELD=VALUE...]
 
   --data FOLDER    your own images (class sub-folders or a flat folder) instead of generated shapes
   --size PIXELS    side of the images, a multiple of 8 (default 48)
   --out FOLDER     where runs and pictures go (default runs/demo); a stopped demo goes on from there
+  --config.*       fields of configs/base.py for all three stages
 HELP
 }
 set -euo pipefail
-data="" size=48 out=runs/demo
+data="" size=48 out=runs/demo flags=()
 while [ $# -gt 0 ]; do
     case $1 in
         --data | --size | --out)
             [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; }
             printf -v "${1#--}" %s "$2"
             shift 2 ;;
+        --config.*=*) flags+=("$1"); shift ;;
         -h | --help) usage; exit 0 ;;
         *) echo "error: unknown option $1" >&2; usage >&2; exit 2 ;;
     esac
@@ -36,21 +38,26 @@ source=()
 started=$SECONDS
 
 main() { # mode, config, run folder, more flags
-    python -m addp_jax.main --mode="$1" --config="configs/$2.py:$size" --workdir="$out/$3" "${@:4}"
+    python -m addp_jax.main --mode="$1" --config="configs/$2.py:$size" --workdir="$out/$3" "${@:4}" "${flags[@]}"
 }
 
+distance=() # at every evaluation: how far the stage's own pictures are from held-out ones, by the judge's features
+if [ -z "$data" ]; then
+    echo "== first a classifier of the shapes, which judges the pictures later"
+    main train demo_judge judge
+    distance=("--config.evaluate.features=$out/judge" --config.evaluate.num_images=500)
+fi
 echo "== 1 of 3: tokenizer"
-main train demo_tokenizer tokenizer "${source[@]}"
+main train demo_tokenizer tokenizer "${source[@]}" "${distance[@]}"
 echo "== 2 of 3: token predictor"
-main train demo_predictor predictor "${source[@]}" --config.model.tokenizer_weights="$out/tokenizer"
+main train demo_predictor predictor "${source[@]}" "${distance[@]}" --config.model.tokenizer_weights="$out/tokenizer"
 echo "== 3 of 3: ADDP"
 weights=(--config.model.tokenizer_weights="$out/tokenizer" --config.model.predictor_weights="$out/predictor")
-main train demo_addp addp "${source[@]}" "${weights[@]}"
+main train demo_addp addp "${source[@]}" "${distance[@]}" "${weights[@]}"
 echo "== samples"
 main generate demo_addp addp "${source[@]}" "${weights[@]}"
 if [ -z "$data" ]; then
-    echo "== a classifier trained on real shapes looks at the samples"
-    main train demo_judge judge
+    echo "== the classifier looks at the samples"
     python -m addp_jax.judge --judge="$out/judge" --samples="$out/addp/generated/samples.npz" \
         --output="$out/addp/generated/judged.png"
 fi

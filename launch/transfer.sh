@@ -1,29 +1,31 @@
 #!/usr/bin/env bash
-# What the demo's ADDP encoder is worth to a classifier of the generated shapes with ten labels per class: fine-tuned
-# against the same network from scratch, three seeds each, and frozen (linear probe, k-NN). Needs launch/demo.sh first.
+# What the demo's ADDP encoder is worth to a classifier of the generated shapes with few labels: fine-tuned against the
+# same network from scratch (at the learning rate that suits it best), three seeds each, and frozen (linear probe, k-NN)
+# against an untrained encoder.
+# Needs launch/demo.sh first.
 #
 #   launch/transfer.sh [ADDP_WORKDIR [OUTPUT]] [--config.FIELD=...]    default: runs/demo/addp runs/transfer
 #
-# Trailing flags go to every run. Prints one line per run: what it was, and its metrics on 2,000 held-out pictures.
+# Trailing flags go to every run. Prints one line per run: its accuracies on 2,000 held-out pictures.
 set -euo pipefail
-cd "$(dirname "$0")/.."
 encoder=runs/demo/addp output=runs/transfer
-[[ ${1:-} == "" || ${1:-} == -* ]] || { encoder=$1; shift; }
-[[ ${1:-} == "" || ${1:-} == -* ]] || { output=$1; shift; }
-python=${PYTHON:-.venv/bin/python}
+[[ ${1:--} == -* ]] || { encoder=$1; shift; }
+[[ ${1:--} == -* ]] || { output=$1; shift; }
+flags=("$@")
+# shellcheck source=launch/setup.sh
+. "$(dirname "$0")/setup.sh"
+mkdir -p "$output"
 
-run() {  # name, config, flags
-    local name=$1 config=$2
-    shift 2
-    mkdir -p "$output"
-    "$python" -m addp_jax.main --config="configs/$config.py" --workdir="$output/$name" "$@" > "$output/$name.txt" 2>&1 ||
-        { cat "$output/$name.txt" >&2; exit 1; }
-    echo "$name $(grep '"eval/' "$output/$name/log.jsonl" | tail -n 1)"
+run() { # name, config, encoder, more flags
+    local folder=$output/$1
+    python -m addp_jax.main --config="configs/$2.py" --workdir="$folder" --config.model.encoder_weights="$3" "${@:4}" \
+        "${flags[@]}" > "$folder.txt" 2>&1 || { cat "$folder.txt" >&2; exit 1; }
+    echo "$1: $(grep '"eval/' "$folder/log.jsonl" | tail -n 1 | grep -o '[a-z_]*top1": [0-9.]*' | tr -d '":' | tr '\n' ' ')"
 }
 
 for seed in 0 1 2; do
-    run "finetuned_$seed" demo_classification --config.seed=$seed --config.model.encoder_weights="$encoder" "$@"
-    run "scratch_$seed" demo_classification --config.seed=$seed --config.model.encoder_weights= "$@"
+    run "finetuned_$seed" demo_classification "$encoder" --config.seed=$seed
+    run "scratch_$seed" demo_classification "" --config.seed=$seed --config.optim.base_lr=0.008 --config.optim.layer_decay=1.0
 done
-run probe demo_probe --config.model.encoder_weights="$encoder" --config.model.cache="$output/features" "$@"
-run probe_random demo_probe --config.model.encoder_weights=random --config.model.cache="$output/features" "$@"
+run probe demo_probe "$encoder" --config.model.cache="$output/features"
+run probe_random demo_probe random --config.model.cache="$output/features"

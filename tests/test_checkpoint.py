@@ -1,6 +1,5 @@
 """Checkpoints: bit-exact, never silently wrong, never lost."""
 
-import collections
 import json
 import os
 import shutil

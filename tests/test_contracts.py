@@ -9,7 +9,7 @@ import programs
 import pytest
 from PIL import Image
 
-from addp_jax import checkpoint, evaluate, generate, optim, predict, robustness, schema, tasks, train
+from addp_jax import checkpoint, evaluate, generate, optim, predict, processes, robustness, schema, tasks, train
 
 DEMO = [name for name in programs.names() if name.startswith("demo")]
 REAL = [name for name in programs.names() if name not in DEMO]
@@ -94,21 +94,17 @@ def stop_after(config, workdir, steps):
     """Train as far as `steps`, as if SIGTERM had come then."""
     original, done = train.Log.add, []
 
-    class Stopping(train.Interrupt):
-        @property
-        def requested(self):
-            return len(done) >= steps
-
-        @requested.setter
-        def requested(self, _):
-            pass
+    class Stopping(processes.Interrupt):
+        def after(self, step):
+            self.requested = len(done) >= steps
+            return self.requested
 
     def count(self, step, metrics):
         done.append(step)
         original(self, step, metrics)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "Interrupt", Stopping)
+        patch.setattr(processes, "Interrupt", Stopping)
         patch.setattr(train.Log, "add", count)
         with pytest.raises(SystemExit) as stopped:
             train.train(config, workdir)

@@ -129,6 +129,24 @@ def test_an_exported_encoder_gives_the_same_features_and_gradients_in_pytorch(to
     )  # fmt: skip
 
 
+def test_an_exported_classifier_gives_the_same_logits_and_gradients_in_pytorch(torch, tmp_path):
+    import twin
+
+    task = train.build(programs.config("demo_classification"), num_train=8).task
+    params = jax.tree.map(np.array, jax.jit(task.init)(jax.random.key(3)))
+    params["classifier"]["dense_out"]["kernel"] *= 1e4  # it starts near 0
+    checkpoint.save_params(tmp_path / "run", params, {})
+    convert.export_weights(str(tmp_path / "run"), [], str(tmp_path / "a.pth"), "finetune", True, False)
+    state = torch.load(tmp_path / "a.pth", weights_only=True)["model"]
+    assert_twins_agree(
+        lambda image: task.net.apply({"params": jax.tree.map(jnp.asarray, params["classifier"])}, image),
+        lambda image: twin.classifier(state, (image - twin.MEAN) / twin.STD, HEADS[0]),
+        images(), (2, task.num_classes),
+    )  # fmt: skip
+    convert.import_weights([str(tmp_path / "a.pth")], str(tmp_path / "again"))
+    assert_same(checkpoint.load_params(tmp_path / "again", ema=True)[0], params)
+
+
 @pytest.mark.parametrize("layout", ["addp", "mage", "vqgan", "timm"])
 def test_both_kinds_of_file_hold_the_same(torch, runs, tmp_path, layout):
     workdir = {"mage": "token_predictor", "vqgan": "tokenizer"}.get(layout, "addp")

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from addp_jax import errors, partition, writers
+from addp_jax import errors, partition, tasks, writers
 from addp_jax.data import pipeline
 from addp_jax.models import convnet
 from addp_jax.tasks import convnet as task_convnet
@@ -134,7 +134,7 @@ def blocks(image, size=8 // task_convnet.BLOCKS):
 
 def test_more_classes_in_the_data_are_refused_before_training():
     with pytest.raises(errors.UserError, match="config.model.net.num_classes = 2, but the data has 8 classes"):
-        make()[0].transform("train", SHAPES)
+        tasks.open_source(make()[0], "train", SHAPES)
 
 
 @pytest.mark.parametrize("label", (-1, 2))

@@ -12,13 +12,15 @@ ROOT = pathlib.Path(__file__).parents[1]
 # A room imports from lower layers and from itself. Rooms of one layer do not know each other.
 LAYERS = (
     {"main"},
-    {"generate", "predict", "robustness", "benchmark", "plan", "judge", "measure"},
+    {"plan"},
+    {"compile_only"},
+    {"generate", "predict", "robustness", "benchmark", "judge", "measure"},
     {"train"},
     {"evaluate"},
     {"tasks"},
     {"interop"},
     {"models", "samplers", "metrics", "data", "optim", "checkpoint", "writers"},
-    {"diffusion", "partition", "ops", "parameters", "schema"},
+    {"diffusion", "flops", "hlo", "topologies", "partition", "processes", "ops", "parameters", "schema"},
     {"errors"},
 )
 # Library -> where alone it may be imported.
@@ -37,6 +39,7 @@ HOMES = {
     "absl.flags": ("addp_jax/main.py",),
     "jax.sharding": ("addp_jax/partition.py",),
     "jax.experimental.mesh_utils": ("addp_jax/partition.py",),
+    "jax.experimental.multihost_utils": ("addp_jax/processes.py",),
     "tensorflow": (),
     "keras": (),
     "torchvision": (),

@@ -14,11 +14,13 @@ from addp_jax.interop import layouts, maskgit, pytorch
 from addp_jax.models import layers, pixel_to_token, token_predictor, tokenizer, vit
 
 NETWORKS = {"pixel_to_token": released.addp_params, "token_predictor": released.predictor_params, "tokenizer": released.tokenizer_params}
+HEAD = ("fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias")
 DEAD = {*pytorch.ADDP_DEAD, *("token_predictor." + name for name in pytorch.PREDICTOR_DEAD)}
 
 
 def networks(*names) -> dict:
-    return {name: NETWORKS[name]() for name in names or NETWORKS}
+    more = {"classifier": lambda: pytorch.from_torch(finetuned(), pytorch.classifier_rules())}
+    return {name: (NETWORKS | more)[name]() for name in names or NETWORKS}
 
 
 @functools.cache
@@ -27,6 +29,12 @@ def official() -> dict:
     state = released.state_dict()
     again = {"token_predictor." + name: array for name, array in state.items() if name.startswith("vqgan.")}
     return state | again | {"token_predictor.token_emb.position_ids": np.arange(257)[None]}
+
+
+def finetuned() -> dict:
+    """The state dict of the release's classifier, made from its encoder."""
+    stems, head = ("cls_token", "pos_embed", "patch_embed.", "blocks."), np.load(released.FOLDER / "finetune.npz")
+    return {name: array for name, array in official().items() if name.startswith(stems)} | {name: head[name] for name in HEAD}
 
 
 def stripped(*prefixes) -> dict:
@@ -53,6 +61,7 @@ FILES = {
     "MAGE": (lambda: part("token_predictor.", stripped("token_predictor.vqgan.")), ["token_predictor"]),
     "MAGE with its tokenizer": (lambda: part("token_predictor."), ["token_predictor", "tokenizer"]),
     "VQGAN": (lambda: part("vqgan."), ["tokenizer"]),
+    "fine-tuned": (finetuned, ["classifier"]),
     "VQGAN with its losses": (lambda: part("vqgan.") | {"loss.discriminator.main.0.weight": np.zeros(3, np.int64)}, ["tokenizer"]),
 }
 
@@ -132,6 +141,7 @@ WRITTEN = {
     "addp": (official, list(NETWORKS)),
     "mage": (lambda: part("token_predictor."), ["token_predictor", "tokenizer"]),
     "vqgan": (lambda: part("vqgan."), ["tokenizer"]),
+    "finetune": (finetuned, ["classifier"]),
 }
 
 
@@ -149,7 +159,7 @@ def test_written_layouts_have_the_official_names_shapes_and_live_values(name):
             np.testing.assert_array_equal(found[key], array)
         elif not key.endswith("position_ids"):
             assert not found[key].any()
-    assert len([key for key in expected if key in dead]) == {"addp": 14, "mage": 9, "vqgan": 0}[name]
+    assert len([key for key in expected if key in dead]) == {"addp": 14, "mage": 9}.get(name, 0)
 
 
 def test_mage_can_be_written_without_its_tokenizer():
@@ -163,6 +173,13 @@ def test_timm_has_the_encoder_under_its_own_names():
     expected = {name.replace("tokenizer_norm", "norm_pre"): array for name, array in official().items() if name.startswith(stems)}
     found = layouts.arrange("timm", networks("pixel_to_token"))
     assert_equal(found, expected)
+
+
+def test_a_classifier_that_kept_the_norms_is_not_written_as_one_that_dropped_them():
+    params = networks("classifier")["classifier"]
+    params["encoder"]["input_norm"] = {"scale": np.ones(64), "bias": np.zeros(64)}
+    with pytest.raises(errors.UserError, match="other parameters than the layout has names for: encoder/input_norm/bias"):
+        layouts.arrange("finetune", {"classifier": params})
 
 
 def test_a_network_with_other_parameters_is_not_written():

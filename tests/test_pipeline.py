@@ -45,7 +45,7 @@ def take(batches, count):
         return [next(batches) for _ in range(count)]
 
 
-def train(count, size=50, batch_size=8, start_step=0, seed=3, config=CONFIG, index=0, processes=1):
+def train(count, size=50, batch_size=8, start_step=0, seed=3, config=CONFIG, rows=None):
     batches = pipeline.train_batches(
         Numbers(size),
         Draw(),
@@ -53,8 +53,7 @@ def train(count, size=50, batch_size=8, start_step=0, seed=3, config=CONFIG, ind
         batch_size=batch_size,
         start_step=start_step,
         config=config,
-        process_index=index,
-        process_count=processes,
+        rows=rows,
     )
     return take(batches, count)
 
@@ -67,17 +66,25 @@ def assert_same(left, right):
             np.testing.assert_array_equal(a[name], b[name])
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_global_batches_are_the_same_for_any_process_count(processes):
-    single = train(12)
-    parts = [train(12, index=index, processes=processes) for index in range(processes)]
-    joined = [{name: np.concatenate([p[name] for p in step]) for name in step[0]} for step in zip(*parts)]
-    assert all(len(part[0]["number"]) == 8 // processes for part in parts)
-    assert_same(single, joined)
+# The rows of a batch of 8 by process: in blocks, and as the hosts of a TPU slice may have them.
+SHARES = ([range(8)], [range(4), range(4, 8)], [[0, 1, 4, 5], [2, 3, 6, 7]], [[0, 1], [4, 5], [2, 3], [6, 7]])
+
+
+def joined(parts, shares):
+    """The batches that the processes have together, from the list of each one's."""
+    order = np.argsort(np.concatenate(shares))
+    return [{name: np.concatenate([part[name] for part in step])[order] for name in step[0]} for step in zip(*parts)]
+
+
+@pytest.mark.parametrize("shares", SHARES[1:])
+def test_global_batches_are_the_same_for_any_process_count(shares):
+    parts = [train(12, rows=np.array(rows)) for rows in shares]
+    assert all(len(part[0]["number"]) == len(rows) for part, rows in zip(parts, shares))
+    assert_same(train(12), joined(parts, shares))
 
 
 def test_processes_draw_different_random_numbers():
-    draws = [train(6, index=index, processes=2) for index in range(2)]
+    draws = [train(6, rows=np.array(rows)) for rows in SHARES[1]]
     first, second = (np.concatenate([batch["draw"] for batch in part]) for part in draws)
     assert not set(first) & set(second)
 
@@ -125,31 +132,25 @@ def test_too_few_examples_for_a_batch_names_what_to_change():
         train(1, size=7)
 
 
-def test_batch_that_processes_cannot_share_is_refused():
-    with pytest.raises(errors.UserError, match="config.batch_size = 8"):
-        train(1, processes=3)
-
-
-def evaluate(size, batch_size, processes=1, config=CONFIG):
+def evaluate(size, batch_size, shares=(None,), config=CONFIG):
     parts = []
-    for index in range(processes):
+    for rows in shares:
         with pipeline.eval_batches(
-            Numbers(size), Draw(), batch_size=batch_size, config=config, process_index=index, process_count=processes
+            Numbers(size), Draw(), batch_size=batch_size, config=config, rows=None if rows is None else np.array(rows)
         ) as batches:
             parts.append(list(batches))
     return parts
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("shares", SHARES)
 @pytest.mark.parametrize("size", [1, 3, 8, 13, 16])
-def test_eval_covers_every_example_exactly_once(size, processes):
-    parts = evaluate(size, 8, processes)
+def test_eval_covers_every_example_exactly_once(size, shares):
+    parts = evaluate(size, 8, shares)
     assert {len(part) for part in parts} == {-(-size // 8)}
-    assert all(batch["number"].shape == batch["valid"].shape == (8 // processes,) for part in parts for batch in part)
-    rows = [np.concatenate(step) for step in zip(*[[batch["number"] for batch in part] for part in parts])]
-    valid = [np.concatenate(step) for step in zip(*[[batch["valid"] for batch in part] for part in parts])]
-    assert np.concatenate(valid).dtype == bool
-    assert np.concatenate(rows)[np.concatenate(valid)].tolist() == list(range(size))
+    batches = joined(parts, shares)
+    valid = np.concatenate([batch["valid"] for batch in batches])
+    assert valid.dtype == bool and len(valid) == -(-size // 8) * 8
+    assert np.concatenate([batch["number"] for batch in batches])[valid].tolist() == list(range(size))
 
 
 def test_eval_with_worker_processes_is_the_same():

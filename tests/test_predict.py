@@ -3,7 +3,9 @@
 import functools
 import json
 
+import grain
 import jax
+import msgpack
 import numpy as np
 import programs
 import pytest
@@ -43,7 +45,7 @@ def photos(folder, names, seed=0):
 
 def test_predictions_name_five_classes_and_show_a_sheet(program, workdir, tmp_path):
     images = photos(tmp_path / "own", [f"{n}.png" for n in range(11)])
-    predict.predict(program, predict.Config(images, str(tmp_path / "out"), batch_size=4), workdir)
+    predict.predict(program, predict.Config(images, str(tmp_path / "out"), batch_size=8), workdir)
     lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     assert sorted(line["image"] for line in lines) == sorted(f"{n}.png" for n in range(11))
     for line in lines:
@@ -55,11 +57,25 @@ def test_predictions_name_five_classes_and_show_a_sheet(program, workdir, tmp_pa
 
 
 def test_features_of_a_folder_are_written_for_other_tools(program, workdir, tmp_path):
-    images = photos(tmp_path / "own", ["b.png", "a.png", "sub/c.png"])
-    predict.write_features(program, predict.Config(images, str(tmp_path / "out")), workdir)
+    images = photos(tmp_path / "own", ["dog/b.png", "cat/a.png", "dog/deep/c.png"])
+    for kind in predict.FORMATS:
+        predict.write_features(program, predict.Config(images, str(tmp_path / "out"), batch_size=8, format=kind), workdir)
     with np.load(tmp_path / "out" / "features.npz") as file:
-        assert file["features"].shape == (3, 16) and file["features"].dtype == np.float32
-        assert list(file["paths"]) == ["a.png", "b.png", "sub/c.png"]
+        arrays = dict(file)
+    assert arrays["features"].shape == (3, 16) and arrays["features"].dtype == np.float32
+    assert list(arrays["paths"]) == ["cat/a.png", "dog/b.png", "dog/deep/c.png"]
+    assert list(arrays["classes"][arrays["labels"]]) == ["cat", "dog", "dog"]
+    for n, raw in enumerate(grain.sources.ArrayRecordDataSource([str(tmp_path / "out" / "features.array_record")])):
+        record = msgpack.unpackb(raw)
+        np.testing.assert_array_equal(np.frombuffer(record["features"], "<f4"), arrays["features"][n])
+        assert (record["label"], record["path"]) == (arrays["labels"][n], arrays["paths"][n])
+
+
+def test_features_of_a_frozen_encoder_need_no_trained_probe(tmp_path):
+    program = train.build(programs.config("demo_probe", model__encoder_weights="random"), num_train=256)
+    images = photos(tmp_path / "own", ["a.png"])
+    predict.write_features(program, predict.Config(images, batch_size=8), str(tmp_path / "nothing_here"))
+    assert np.load(tmp_path / "nothing_here" / "features" / "features.npz")["features"].shape == (1, 16)
 
 
 def test_class_names_come_from_the_data_or_a_file_else_numbers(program, tmp_path, capsys):
@@ -76,6 +92,8 @@ def test_class_names_come_from_the_data_or_a_file_else_numbers(program, tmp_path
 
 
 def test_what_cannot_be_predicted_is_refused(program, workdir, tmp_path):
+    with pytest.raises(errors.UserError, match="config.predict.format: 'csv'; use npz or array_record"):
+        predict.Config(format="csv")
     with pytest.raises(errors.UserError, match="config.predict.images is empty"):
         predict.predict(program, predict.Config(), workdir)
     with pytest.raises(errors.UserError, match="config.predict.images: no images"):
@@ -106,6 +124,9 @@ def test_subsets_are_matched_by_folder_name_and_only_their_classes_compete(named
 
 def test_mce_is_the_mean_error_relative_to_alexnet(tmp_path):
     calls = []
+    for name in metrics.ALEXNET:
+        for level in range(1, 6):
+            (tmp_path / name / str(level)).mkdir(parents=True)
 
     def top1(folder, field):
         calls.append(folder)
@@ -114,6 +135,9 @@ def test_mce_is_the_mean_error_relative_to_alexnet(tmp_path):
     error = robustness.corruption_errors(top1, str(tmp_path))
     assert len(calls) == 75
     assert metrics.mean_corruption_error(error) == pytest.approx(0.5)
+    (tmp_path / "fog" / "3").rmdir()
+    with pytest.raises(errors.UserError, match="config.robustness.imagenet_c: no folder .*fog/3"):
+        robustness.corruption_errors(None, str(tmp_path))
 
 
 def test_robustness_needs_folders_with_known_classes(named, workdir, tmp_path):
@@ -121,3 +145,8 @@ def test_robustness_needs_folders_with_known_classes(named, workdir, tmp_path):
         robustness.robustness(named, robustness.Config(), workdir)
     with pytest.raises(errors.UserError, match="config.robustness.imagenet_c: .*gaussian_noise/1"):
         robustness.robustness(named, robustness.Config(imagenet_c=str(tmp_path)), workdir)
+    (tmp_path / "names.txt").write_text("\n".join([*WNIDS, "n99999999"]))
+    fields = dict(model__encoder_weights="", data__class_names=str(tmp_path / "names.txt"))
+    with pytest.raises(errors.UserError, match="config.data.class_names: 9 names, but the network has 8 classes"):
+        more = train.build(programs.config("demo_classification", **fields), num_train=64)
+        robustness.robustness(more, robustness.Config(imagenet_c=str(tmp_path)), workdir)

@@ -75,7 +75,8 @@ def test_two_plain_classes_are_learned():
     for n in range(60):
         params, state = step(params, state, batch(16, n), jax.random.key(n))
     scalars, images = task.evaluate(params, {}, [batch(32, 1000)])
-    assert scalars["top1"] > 0.95 and scalars["top5"] == 1.0 and scalars["class_worst"] > 0.9
+    assert scalars["top1"] > 0.95 and scalars["top5"] == 1.0
+    assert scalars["class_worst"] == min(scalars["class/0"], scalars["class/1"]) > 0.9
     assert images["confusion"].ndim == 3 and images["confusion"].dtype == np.uint8
 
 
@@ -97,6 +98,11 @@ def test_mixing_and_drop_path_happen_in_training_only():
     assert float(loss(0)) != float(loss(1))
     once, twice = (task.evaluate(params, {}, [batch()])[0] for _ in range(2))
     assert once == twice
+
+
+def test_a_fresh_head_is_nearly_zero():
+    fresh = make()[1]["classifier"]
+    assert (fresh["head_norm"]["scale"] == 1).all() and 0 < np.abs(fresh["dense_out"]["kernel"]).max() < 1e-4
 
 
 def test_logits_are_read_off_the_features():
@@ -167,12 +173,12 @@ def test_a_run_remembers_which_encoder_it_started_from(addp_run):
     """Resuming it with another one, or with none, is refused: the identities differ."""
     config = programs.config("demo_classification", model__encoder_weights=addp_run[0])
     task = classification.Task(schema.build(classification.Config, config.model), jnp.float32)
-    identity = train.identity(config, task.load_pretrained())
-    assert identity != train.identity(config, {}) and "classifier" in identity["frozen"]
+    identity = train.identity(config, {}, task.load_pretrained())
+    assert identity != train.identity(config, {}, {}) and "classifier" in identity["init"]
 
 
 def test_a_training_step_is_benchmarked(capsys):
-    benchmark.benchmark(programs.config("vitb_in1k", mesh__data=1, mesh__fsdp=8))
+    benchmark.benchmark(programs.config("demo_classification", model__encoder_weights=""))
     assert '"seconds_per_step"' in capsys.readouterr().out
 
 
@@ -180,12 +186,7 @@ def test_every_parameter_has_a_layout():
     partition.shardings(make()[1], partition.make_mesh(partition.Config()))
 
 
-def test_more_classes_in_the_data_are_refused_before_training():
-    with pytest.raises(errors.UserError, match="config.model.net.num_classes = 2, but the data has 8 classes"):
-        make()[0].transform("train", pipeline.Config(num_train=64))
-
-
 def test_the_evaluation_crop_is_the_protocols():
-    task, _ = make(dataclasses.replace(with_encoder(image_size=224, patch_size=16), crop_pct=0.875))
-    image = task.transform("eval", pipeline.Config()).transform
+    config = dataclasses.replace(with_encoder(image_size=224, patch_size=16), crop_pct=0.875)
+    image = classification.Task(config, jnp.float32).transform("eval", pipeline.Config()).transform
     assert int(image.size / image.crop_pct) == 256 and image.size == 224

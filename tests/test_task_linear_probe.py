@@ -39,12 +39,39 @@ def test_features_are_computed_once_and_follow_the_data(cache, monkeypatch):
         patch.setattr(linear_probe.Task, "_compute", None)  # a second computation would fail
         again = make(cache, shots=2).open_source("train", SHAPES)
         assert np.bincount(again.labels).tolist() == [2] * 8
-    count = len(os.listdir(cache))
-    fewer = dataclasses.replace(SHAPES, num_train=40)
-    for change, data in ((dict(pooling="class"), SHAPES), (dict(block=1), SHAPES), ({}, fewer)):
-        make(cache, **change).open_source("train", data)
-        count += 1
-        assert len(os.listdir(cache)) == count
+
+
+def test_whatever_changes_the_features_changes_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(linear_probe.Task, "_compute", lambda *_: [(np.zeros((1, 16)), np.zeros(1))])
+    monkeypatch.setattr(linear_probe.Task, "_encoder", {"kernel": np.zeros(1)})
+    encoder = functools.partial(dataclasses.replace, ENCODER)
+    changes = [
+        {}, dict(pooling="class"), dict(block=1), dict(crop_pct=0.5), dict(encoder=encoder(heads=4)),
+        dict(encoder=encoder(depth=2)), dict(encoder=encoder(input_norm=False)),
+    ]  # fmt: skip
+    for count, change in enumerate(changes, 1):
+        make(str(tmp_path), **change).open_source("train", SHAPES)
+        assert len(os.listdir(tmp_path)) == count
+    make(str(tmp_path)).open_source("train", dataclasses.replace(SHAPES, num_train=40))
+    monkeypatch.setattr(linear_probe.Task, "_encoder", {"kernel": np.ones(1)})
+    make(str(tmp_path)).open_source("train", SHAPES)
+    monkeypatch.setattr(features, "code", lambda: "another version")
+    make(str(tmp_path)).open_source("train", SHAPES)
+    assert len(os.listdir(tmp_path)) == len(changes) + 3
+
+
+def test_a_rewritten_file_makes_another_fingerprint(tmp_path):
+    """Of the same length and with its time of modification set back, as tar and rsync do."""
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "a.bmp")
+    source = sources.open_folder(str(tmp_path), "here")
+    before, status = sources.fingerprint(source), os.stat(tmp_path / "a.bmp")
+    assert sources.fingerprint(source) == before
+    Image.fromarray(np.ones((4, 4, 3), np.uint8)).save(tmp_path / "a.bmp")
+    os.utime(tmp_path / "a.bmp", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert sources.fingerprint(source) != before
+    os.remove(tmp_path / "a.bmp")
+    with pytest.raises(errors.UserError, match="cannot read .*a.bmp"):
+        sources.fingerprint(source)
 
 
 def test_features_are_computed_where_no_mesh_has_been_entered_yet(tmp_path):

@@ -29,12 +29,22 @@ def blocks(state, stack, tokens, heads):
     return tokens
 
 
-def encoder(state, image, heads, first_norm):
-    """`image` [B,3,H,W], normalised -> [B,1+L,D]; timm's forward_features where `first_norm` is "norm_pre"."""
+def embed(state, image):
+    """`image` [B,3,H,W], normalised -> [B,1+L,D]: patches behind the class token, positions added."""
     weight = state["patch_embed.proj.weight"]
     tokens = F.conv2d(image, weight, state["patch_embed.proj.bias"], stride=weight.shape[-1]).flatten(2).transpose(1, 2)
-    tokens = torch.cat([state["cls_token"].expand(len(tokens), -1, -1), tokens], dim=1) + state["pos_embed"]
-    return norm(state, "norm", blocks(state, "blocks", norm(state, first_norm, tokens), heads))
+    return torch.cat([state["cls_token"].expand(len(tokens), -1, -1), tokens], dim=1) + state["pos_embed"]
+
+
+def encoder(state, image, heads, first_norm):
+    """`image` [B,3,H,W], normalised -> [B,1+L,D]; timm's forward_features where `first_norm` is "norm_pre"."""
+    return norm(state, "norm", blocks(state, "blocks", norm(state, first_norm, embed(state, image)), heads))
+
+
+def classifier(state, image, heads):
+    """Logits [B,C] of the fine-tuned release, which are those of timm's model with global_pool="avg"."""
+    pooled = blocks(state, "blocks", embed(state, image), heads)[:, 1:].mean(1)
+    return linear(state, "head", norm(state, "fc_norm", pooled))
 
 
 def addp(state, image, token_ids, mask, heads):

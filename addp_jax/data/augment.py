@@ -33,7 +33,10 @@ class Config:
 
     def __post_init__(self):
         if not 0 <= self.magnitude <= MOST or self.magnitude_std < 0:
-            raise errors.UserError(f"config.model.augment: magnitude {self.magnitude} (0 to {MOST:g}), magnitude_std {self.magnitude_std}")
+            raise errors.UserError(
+                f"config.model.augment: magnitude {self.magnitude} must lie in 0..{MOST:g}, "
+                f"magnitude_std {self.magnitude_std} must not be negative"
+            )
         if not 0 <= self.erase <= 1:
             raise errors.UserError(f"config.model.augment.erase: {self.erase}; use a fraction, 0 to 1")
 

@@ -1,17 +1,20 @@
-"""Features of a whole split: computed once, kept in a file, read like any other source."""
+"""Features of images: computed once, kept in a file, read like any other source."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
+import pathlib
 import tempfile
 from collections.abc import Callable, Iterable
 
-import jax
+import msgpack
 import numpy as np
+from array_record.python import array_record_module
 
-from addp_jax import errors
+from addp_jax import errors, partition, processes
 from addp_jax.data import pipeline
 
 
@@ -42,8 +45,15 @@ class Features:
 
 
 def identity(*parts: str) -> str:
-    """16 hex digits of what the features depend on."""
-    return hashlib.blake2b("\0".join(parts).encode(), digest_size=8).hexdigest()
+    """16 hex digits of what the features depend on: `parts`, and the code of this package."""
+    return hashlib.blake2b("\0".join((*parts, code())).encode(), digest_size=8).hexdigest()
+
+
+@functools.cache
+def code() -> str:
+    """Changes with the networks, the transforms and the generated pictures."""
+    files = sorted(pathlib.Path(__file__).parents[1].glob("*/*.py"))
+    return hashlib.blake2b(b"\0".join(file.read_bytes() for file in files), digest_size=8).hexdigest()
 
 
 def cached(folder: str, key: str, source, compute: Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]) -> Features:
@@ -57,7 +67,7 @@ def cached(folder: str, key: str, source, compute: Callable[[], Iterable[tuple[n
     Raises UserError: the file is damaged, or the folder cannot be written to.
     """
     path = os.path.join(folder, f"{key}.npz")
-    if not os.path.exists(path):
+    if not processes.agreed(os.path.exists(path)):  # else all compute, and all write the same
         write(path, compute(), source.classes)
     try:
         with np.load(path) as file:
@@ -70,23 +80,37 @@ def write(path: str, batches: Iterable[tuple[np.ndarray, np.ndarray]], classes: 
     """Writes an .npz of features float32 [N,D], labels int32 [N], classes and `more`; it appears when complete."""
     features, labels = zip(*batches)
     arrays = dict(features=np.concatenate(features).astype(np.float32), labels=np.concatenate(labels).astype(np.int32))
+    save(path, lambda part: np.savez(part, **arrays, classes=np.array(classes, str), **more))
+
+
+def write_records(path: str, batches: Iterable[tuple[np.ndarray, np.ndarray]], paths: list[str]) -> None:
+    """Writes an array_record of msgpack {"features": D little-endian float32, "label": int, "path": str}."""
+    rows = ((feature, label) for batch in batches for feature, label in zip(*batch))
+
+    def fill(part):
+        writer = array_record_module.ArrayRecordWriter(part, "group_size:1")
+        for (feature, label), name in zip(rows, paths, strict=True):
+            writer.write(msgpack.packb({"features": feature.astype("<f4").tobytes(), "label": int(label), "path": name}))
+        writer.close()
+
+    save(path, fill)
+
+
+def save(path: str, fill: Callable[[str], None]) -> None:
+    """Makes a file by `fill`, under another name of the same ending until it is complete."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=os.path.dirname(path) or ".", suffix=".part", delete=False) as file:
-            np.savez(file, **arrays, classes=np.array(classes, str), **more)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=os.path.dirname(path) or ".") as room:
+            fill(os.path.join(room, os.path.basename(path)))
+            os.replace(os.path.join(room, os.path.basename(path)), path)
     except OSError as error:
         raise errors.UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def batches_of(source, transform, function, config: pipeline.Config, batch_size: int, sharding):
-    """(function(image uint8 [b,H,W,3]), label) as numpy, batch by batch, in the order of `source`.
-
-    Raises UserError in a run of several hosts: none of them would have all of the results.
-    """
-    if jax.process_count() > 1:
-        raise errors.UserError("features and predictions are computed on one host: run this command on one first")
-    batches = pipeline.eval_batches(source, transform, batch_size=batch_size, config=config)
-    for batch in pipeline.to_device(batches, sharding):
-        features, label, valid = jax.device_get((function(batch["image"]), batch["label"], batch["valid"]))
+def batches_of(source, transform, function, config: pipeline.Config, batch_size: int, mesh):
+    """(function(image uint8 [b,H,W,3]), label) as numpy, batch by batch, in the order of `source`, on every process."""
+    rows = partition.rows(mesh, batch_size)
+    batches = pipeline.eval_batches(source, transform, batch_size=batch_size, config=config, rows=rows)
+    for batch in pipeline.to_device(batches, partition.batch_sharding(mesh)):
+        features, label, valid = partition.whole((function(batch["image"]), batch["label"], batch["valid"]))
         yield features[valid], label[valid]

@@ -151,14 +151,13 @@ def train_batches(
     batch_size: int,
     start_step: int,
     config: Config,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> "Batches":
     """An endless iterator of this process's rows of batch start_step, start_step + 1, ...
 
     Examples are shuffled anew in every epoch. Shuffling and random transforms
-    belong to the global order, so the rows of all processes, put one after the
-    other, are the batch that a single process would have had.
+    belong to the global order, so the rows of all processes, put in their
+    places, are the batch that a single process would have had.
 
     Args:
       source: random-access source.
@@ -167,26 +166,23 @@ def train_batches(
       batch_size: examples in a global batch.
       start_step: the first batch wanted.
       config: workers, threads and prefetch are read.
-      process_index: this process.
-      process_count: how many processes share a batch.
+      rows: those of every batch that this process reads (`partition.rows`);
+        None = all.
 
     Returns:
-      Batches of dicts of arrays [batch_size // process_count, ...]. Call its
-      close() when done.
+      Batches of dicts of arrays [number of rows, ...]. Call its close() when
+      done.
 
     Raises:
-      UserError: fewer examples than a batch, a batch that the processes cannot
-        share; while iterating, an image that cannot be read, with its name.
+      UserError: fewer examples than a batch; while iterating, an image that cannot be read, with its name.
     """
-    _check_batch_size(batch_size, process_count)
     if len(source) < batch_size:
         raise errors.UserError(
             f"config.data.path: {source!r} has {len(source)} examples, fewer than config.batch_size = {batch_size}; "
             "lower config.batch_size or add images"
         )
     examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None).random_map(transform)
-    rows = _Rows(examples, batch_size, process_index, process_count)
-    return _iterate(rows, config, start_step)
+    return _iterate(_Rows(examples, batch_size, rows), config, start_step)
 
 
 def eval_batches(
@@ -195,8 +191,7 @@ def eval_batches(
     *,
     batch_size: int,
     config: Config,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> "Batches":
     """Every example once, in index order, with "valid": bool [B], False = padding.
 
@@ -204,18 +199,10 @@ def eval_batches(
     batches have one shape and all processes have as many. Arguments, result and
     errors as for `train_batches`.
     """
-    _check_batch_size(batch_size, process_count)
     padded = _Padded(source, -(-len(source) // batch_size) * batch_size)
     examples = grain.MapDataset.source(padded).seed(0).random_map(transform)
     examples = examples.map_with_index(_MarkValid(len(source)))
-    return _iterate(_Rows(examples, batch_size, process_index, process_count), config, 0)
-
-
-def _check_batch_size(batch_size: int, process_count: int):
-    if batch_size < 1 or batch_size % process_count:
-        raise errors.UserError(
-            f"config.batch_size = {batch_size} must be a positive multiple of the {process_count} process(es)"
-        )
+    return _iterate(_Rows(examples, batch_size, rows), config, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,28 +226,23 @@ class _MarkValid:
 
 
 class _Rows:
-    """One process's rows: a block of every batch, not every n-th example.
+    """One process's rows of batch after batch: row r of a batch is the same example for any process count."""
 
-    Blocks are what `jax.make_array_from_process_local_data` puts side by side,
-    so row r of a global batch is the same example for any process count.
-    """
-
-    def __init__(self, examples, batch_size: int, process_index: int, process_count: int):
+    def __init__(self, examples, batch_size: int, rows: np.ndarray | None):
         self.examples, self.batch_size = examples, batch_size
-        self.rows = batch_size // process_count
-        self.first = process_index * self.rows
+        self.rows = np.arange(batch_size) if rows is None else rows
 
     def __len__(self) -> int:
-        return len(self.examples) // self.batch_size * self.rows
+        return len(self.examples) // self.batch_size * len(self.rows)
 
     def __getitem__(self, i: int) -> dict:
-        batch, row = divmod(int(i), self.rows)
-        return self.examples[batch * self.batch_size + self.first + row]
+        batch, row = divmod(int(i), len(self.rows))
+        return self.examples[batch * self.batch_size + int(self.rows[row])]
 
 
 def _iterate(rows: _Rows, config: Config, start_step: int) -> "Batches":
     # Batching before the split over workers: otherwise their number changes the batches.
-    batches = grain.MapDataset.source(rows).batch(rows.rows, drop_remainder=True)[start_step:]
+    batches = grain.MapDataset.source(rows).batch(len(rows.rows), drop_remainder=True)[start_step:]
     prefetch = max(config.prefetch, config.threads)
     batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=prefetch))
     if config.workers:

@@ -81,11 +81,17 @@ def fingerprint(source) -> str:
 
 
 def _fingerprint(paths, more: bytes = b"") -> str:
-    """16 hex digits from names, sizes and times of change: a million files cannot be read through."""
+    """16 hex digits from names, sizes and times of change: a million files cannot be read through.
+
+    The time of change, unlike that of modification, cannot be set back by what copies or unpacks files.
+    """
     digest = hashlib.blake2b(more, digest_size=8)
     for path in paths:
-        status = os.stat(path)
-        digest.update(f"{os.path.basename(path)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise errors.UserError(f"cannot read {path}: {error.strerror}") from error
+        digest.update(os.fsencode(path) + f"\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\0".encode())
     return digest.hexdigest()
 
 
@@ -156,7 +162,7 @@ def open_classes(root: str, classes: tuple[str, ...], field: str) -> Files:
     """
     paths, labels = _labelled(root, list(classes))
     if not paths:
-        raise errors.UserError(f"{field}: {root!r} has no folder of images named like a class of the training data")
+        raise errors.UserError(f"{field}: {root!r} has no folder of images named like a class (config.data.class_names)")
     return Files(root, paths, labels, classes)
 
 
@@ -338,6 +344,11 @@ class Tfds:
         example = self._data[int(i)]
         where = f"{self.name} {self.split} example {i}"
         return {"image": example["image"], "label": np.int32(example["label"]), "index": np.int32(i), "path": where}
+
+    def fingerprint(self) -> str:
+        """Changes with the prepared files and the split."""
+        files = sorted(glob.glob(os.path.join(glob.escape(self._data.dataset_info.data_dir), "*")))
+        return _fingerprint(files, self.split.encode())
 
     def __repr__(self) -> str:
         return f"Tfds({self.name!r}, {self.split!r}, {len(self)} images)"

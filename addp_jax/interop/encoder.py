@@ -33,7 +33,8 @@ def load(path: str, init, config: vit.Config, field: str) -> dict:
     params = weights.read(path, HOLDERS, f"{field}: ")
     holder = next((name for name in HOLDERS if name in params), None)
     if holder is None:
-        raise errors.UserError(f"{field}: {path} holds {', '.join(params) or 'other networks'}, no encoder of images; give a run of the task addp")
+        held = ", ".join(params) or "other networks"
+        raise errors.UserError(f"{field}: {path} holds {held}, no encoder of images; give a run of the task addp")
     encoder = dict(params[holder]["encoder"])
     encoder["pos_embed"] = vit.resize_pos_embed(encoder["pos_embed"], config.length)
     return parameters.match(

@@ -28,7 +28,7 @@ class FeatureNet:
     def __init__(self, name: str, params, apply: Callable, size: int, mesh):
         self.name, self.size, self.mesh = name, size, mesh
         self.weights = parameters.content_hash(params)
-        self._params = jax.device_put(params, partition.replicated(mesh))
+        self._params = partition.put(params, partition.replicated(mesh))
 
         def run(params, image):
             image = image.astype(jnp.float32)

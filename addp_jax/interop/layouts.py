@@ -7,6 +7,7 @@ written as zeros (`token_emb.position_ids`: 0, 1, 2...), because the official co
     addp     ADDP: pixel_to_token at the root, vqgan.*, token_predictor.*, and token_predictor.vqgan.* which is vqgan.* again
     mage     MAGE: token_predictor at the root, and vqgan.*
     vqgan    MAGE's VQGAN: tokenizer at the root
+    finetune the release's fine-tuned classifier: classifier at the root
     timm     timm's `vit_base_patch16_224` and `vit_large_patch16_224` with another img_size: the encoder; written only
     maskgit  MaskGIT's JAX tokenizer; read only
 
@@ -28,7 +29,7 @@ import numpy as np
 
 from addp_jax import errors, parameters, writers
 from addp_jax.interop import files, maskgit, pytorch
-from addp_jax.models import layers, pixel_to_token, token_predictor, tokenizer, vit
+from addp_jax.models import heads, layers, pixel_to_token, token_predictor, tokenizer, vit
 
 MAGE_PATCH = 16  # pixels, of the patch embedding that MAGE's network has but does not use
 
@@ -55,10 +56,18 @@ def transformer(shapes: dict, stack: str, width: int) -> dict:
     return dict(width=width, depth=depth, heads=1, mlp_ratio=shapes[f"{stack}.0.mlp.fc1.weight"][0] // width)
 
 
-def addp_config(shapes: dict) -> pixel_to_token.Config:
+def encoder_config(shapes: dict, **settings) -> vit.Config:
     width, _, patch, _ = shapes["patch_embed.proj.weight"]
     grid = math.isqrt(shapes["pos_embed"][1] - 1)
-    encoder = vit.Config(**transformer(shapes, "blocks", width), image_size=grid * patch, patch_size=patch)
+    return vit.Config(**transformer(shapes, "blocks", width), image_size=grid * patch, patch_size=patch, **settings)
+
+
+def classifier_config(shapes: dict) -> heads.Config:
+    return heads.Config(encoder_config(shapes, input_norm=False, final_norm=False), shapes["head.weight"][0])
+
+
+def addp_config(shapes: dict) -> pixel_to_token.Config:
+    encoder = encoder_config(shapes)
     decoder = layers.TransformerConfig(**transformer(shapes, "decoder_blocks", shapes["decoder_embed.weight"][0]))
     return pixel_to_token.Config(encoder, decoder, vocab_size=shapes["token_emb.weight"][0])
 
@@ -103,6 +112,9 @@ PREDICTOR = Network(
 VQGAN = Network(
     "tokenizer", pytorch.tokenizer_rules, vqgan_config, abstract(tokenizer, tokenizer.Tokenizer), pytorch.TOKENIZER_DEAD
 )
+CLASSIFIER = Network(
+    "classifier", lambda _: pytorch.classifier_rules(), classifier_config, abstract(heads, heads.Classifier)
+)
 VIT = ADDP._replace(rules=lambda _: pytorch.encoder_rules("norm_pre", "encoder"), dead=())
 MASKGIT = VQGAN._replace(rules=maskgit.rules, config=maskgit.config, dead=())
 
@@ -112,9 +124,10 @@ READABLE = {
     }),
     "mage": Layout("token_emb.word_embeddings.weight", "model", {"": PREDICTOR, "vqgan.": VQGAN}),
     "vqgan": Layout("quantize.embedding.weight", "state_dict", {"": VQGAN}),
+    "finetune": Layout("fc_norm.weight", "model", {"": CLASSIFIER}),
     "maskgit": Layout("quantizer/codebook", "", {"": MASKGIT}),
 }  # fmt: skip
-WRITABLE = {name: READABLE[name] for name in ("addp", "mage", "vqgan")} | {"timm": Layout("", "", {"": VIT})}
+WRITABLE = {name: READABLE[name] for name in ("addp", "mage", "vqgan", "finetune")} | {"timm": Layout("", "", {"": VIT})}
 
 
 def read(path: str, wanted=None) -> dict[str, dict]:

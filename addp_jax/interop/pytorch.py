@@ -86,13 +86,19 @@ def decoder_side() -> list[Rule]:
     ]
 
 
-def encoder_rules(input_norm: str, ours: str) -> list[Rule]:
-    """A vision transformer; the release and timm differ in the name of the LayerNorm before the first block."""
+def embeddings(ours: str) -> list[Rule]:
     return [
         Rule("patch_embed.proj.weight", (f"{ours}/patch_embed/kernel",), PATCHES),
         Rule("patch_embed.proj.bias", (f"{ours}/patch_embed/bias",), SAME),
         Rule("cls_token", (f"{ours}/class_token",), VECTOR),
         Rule("pos_embed", (f"{ours}/pos_embed",), ROW),
+    ]
+
+
+def encoder_rules(input_norm: str, ours: str) -> list[Rule]:
+    """A vision transformer; the release and timm differ in the name of the LayerNorm before the first block."""
+    return [
+        *embeddings(ours),
         *norm(input_norm, f"{ours}/input_norm"),
         *blocks("blocks", f"{ours}/blocks"),
         *norm("norm", f"{ours}/final_norm"),
@@ -139,6 +145,16 @@ PREDICTOR_DEAD = (
     "decoder_pred.weight",
     "decoder_pred.bias",
 )
+
+
+def classifier_rules() -> list[Rule]:
+    """The release's fine-tuned classifier: the encoder without its two norms, a norm of the pooled features, the head."""
+    return [
+        *embeddings("encoder"),
+        *blocks("blocks", "encoder/blocks"),
+        *norm("fc_norm", "head_norm"),
+        *linear("head", "dense_out"),
+    ]
 
 
 def shortcuts(config: tokenizer.Config, level: int) -> tuple[bool, bool]:

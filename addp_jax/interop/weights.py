@@ -11,6 +11,7 @@ from addp_jax import checkpoint, errors, parameters
 from addp_jax.interop import layouts
 
 RANDOM = "random"  # instead of a path: freshly initialised weights, for benchmarks and memory checks only
+SHAPES = "shapes"  # instead of a path: shapes without values, for plans
 TRAIN_FIRST = {
     "tokenizer": "train one with --config=configs/tokenizer.py (or configs/demo_tokenizer.py)",
     "token_predictor": "train one with --config=configs/predictor_vitb.py (or configs/demo_predictor.py)",
@@ -28,6 +29,8 @@ def load(path: str, network: str, init, field: str) -> dict:
       field: the config field that holds `path`, for messages.
     Raises UserError naming the field when the path is empty, missing or holds other weights.
     """
+    if path == SHAPES:
+        return jax.eval_shape(lambda: init(jax.random.key(0)))
     if path == RANDOM:
         return jax.tree.map(np.asarray, jax.jit(init)(jax.random.key(0)))
     hint = f"{TRAIN_FIRST[network]} and give its work directory, or give a weight file"

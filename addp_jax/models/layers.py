@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from addp_jax import errors, partition
+from addp_jax.models.dropout import Dropout
 
 LAYER_NORM_EPS = 1e-6
 HEAD_NORM_EPS = 1e-5  # the release's token heads use torch's default here
@@ -68,10 +69,10 @@ class Attention(nn.Module):
         if key_mask is not None:
             scores = jnp.where(key_mask[:, None, None, :], scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-        weights = nn.Dropout(self.dropout, deterministic=not train)(weights)
+        weights = Dropout(self.dropout)(weights, train)
         out = jnp.einsum("bnqk,bnkd->bnqd", weights, value).swapaxes(1, 2).reshape(batch, length, width)
         out = dense(width, "out", self.dtype)(out)
-        return nn.Dropout(self.dropout, deterministic=not train)(out)
+        return Dropout(self.dropout)(out, train)
 
 
 class Mlp(nn.Module):
@@ -85,9 +86,9 @@ class Mlp(nn.Module):
     def __call__(self, tokens, train: bool):
         width = tokens.shape[-1]
         hidden = jax.nn.gelu(dense(self.ratio * width, "fc1", self.dtype)(tokens), approximate=False)
-        hidden = nn.Dropout(self.dropout, deterministic=not train)(hidden)
+        hidden = Dropout(self.dropout)(hidden, train)
         out = dense(width, "fc2", self.dtype)(hidden)
-        return nn.Dropout(self.dropout, deterministic=not train)(out)
+        return Dropout(self.dropout)(out, train)
 
 
 class DropPath(nn.Module):

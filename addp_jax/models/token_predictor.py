@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from addp_jax.models import layers
+from addp_jax.models.dropout import Dropout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class TokenPredictor(nn.Module):
         )
         self.pos_embed = self.param("pos_embed", layers.EMBEDDING_INIT, (positions, config.encoder.width))
         self.embed_norm = layers.layer_norm(dtype=self.dtype)
-        self.embed_dropout = nn.Dropout(config.encoder.dropout)
+        self.embed_dropout = Dropout(config.encoder.dropout)
         self.encoder = layers.Blocks(config.encoder, self.dtype)
         self.encoder_norm = layers.layer_norm(dtype=self.dtype)
         self.decoder_embed = layers.dense(config.decoder.width, None, self.dtype)
@@ -66,7 +67,7 @@ class TokenPredictor(nn.Module):
         ids = jnp.where(mask, config.vocab_size - 1, token_ids)
         ids = jnp.pad(ids, ((0, 0), (1, 0)), constant_values=config.class_id)
         tokens = self.embed_norm(self.token_embed[ids] + self.pos_embed[None])
-        tokens = self.embed_dropout(tokens, deterministic=not train)
+        tokens = self.embed_dropout(tokens, train)
         if kept is not None:
             kept = jnp.pad(kept + 1, ((0, 0), (1, 0)))
             tokens = jnp.take_along_axis(tokens, kept[..., None], axis=1)

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from addp_jax import partition
 from addp_jax.models import layers
+from addp_jax.models.dropout import Dropout
 
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
@@ -49,13 +51,14 @@ class VisionTransformer(nn.Module):
             normalize(image), "b (h p) (w q) c -> b (h w) (p q c)", p=config.patch_size, q=config.patch_size
         )
         tokens = layers.dense(config.width, "patch_embed", self.dtype)(patches.astype(self.dtype))
+        tokens = partition.constrain(tokens, "batch", "length", "embed")  # else the patches are gathered, not the kernel
         class_token = self.param("class_token", layers.EMBEDDING_INIT, (config.width,))
         pos_embed = self.param("pos_embed", layers.EMBEDDING_INIT, (1 + config.length, config.width))
         first = jnp.broadcast_to(class_token[None, None].astype(self.dtype), (len(tokens), 1, config.width))
         tokens = jnp.concatenate([first, tokens], axis=1) + pos_embed[None].astype(self.dtype)
         if config.input_norm:
             tokens = layers.layer_norm("input_norm", dtype=self.dtype)(tokens)
-        tokens = nn.Dropout(config.input_dropout, deterministic=not train)(tokens)
+        tokens = Dropout(config.input_dropout)(tokens, train)
         tokens = layers.Blocks(config, self.dtype, name="blocks")(tokens, train=train)
         return layers.layer_norm("final_norm", dtype=self.dtype)(tokens) if config.final_norm else tokens
 

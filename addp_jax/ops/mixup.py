@@ -1,6 +1,9 @@
 """Mixup (arXiv:1710.09412) and CutMix (arXiv:1905.04899) of a batch with itself in reverse order, on the device.
 
 One draw decides for the whole batch, as in timm's batch mode, which the release uses.
+
+Departs from the release: its batch is what one GPU has, ours the global one, so that results do not depend on the
+number of devices.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def unconditional(task, count: int):
         size = task.config.tokenizer.image_size
         carry = start(nets, keys, jnp.zeros((count, size, size, 3)), 1.0)
         carry, _ = sample(task.sampler, task.sampler_config, nets, keys, carry, 1.0)
-        return jnp.clip(carry.image, 0, 1)
+        return partition.replicate(jnp.clip(carry.image, 0, 1))
 
     return run
 

@@ -16,9 +16,11 @@ Where a task needs them:
 
     load_pretrained() -> params    those that do not start at random: a part of what init gives, as numpy arrays
     open_source(split, data) -> source   instead of the images that `data` describes
+    compact                        names of networks that compute in `dtype` alone: where frozen, their kernels are kept in it
     reconstruct(params, frozen, image) -> image   of a tokenizer: float [B,H,W,3] in [0,1], the result not clipped
     nets(params, frozen), sampler, sampler_config   of a generator: see `addp_jax.samplers`
     logits, features(params, frozen, image uint8 [B,H,W,3])   of a task that recognises images: [B,C], [B,D]
+    num_classes   C, of a task with classes
 """
 
 from __future__ import annotations
@@ -53,17 +55,17 @@ def image_transform(split: str, data: pipeline.Config, image_size: int):
 
 
 def open_source(task, split: str, data: pipeline.Config):
-    """What `task` reads in this split: its own source where it has one, else the images of `data`."""
+    """What `task` reads in this split: its own source where it has one, else the images of `data`.
+
+    Raises UserError if they have more classes than the task's network, and what opening them raises.
+    """
     if hasattr(task, "open_source"):
         return task.open_source(split, data)
-    return pipeline.open_source(data, split, task.image_size)
-
-
-def check_classes(data: pipeline.Config, image_size: int, num_classes: int) -> None:
-    """Raises UserError if the training data has more classes than the network."""
-    found = len(pipeline.open_source(data, "train", image_size).classes)
-    if found > num_classes:
-        raise errors.UserError(f"config.model.net.num_classes = {num_classes}, but the data has {found} classes")
+    source = pipeline.open_source(data, split, task.image_size)
+    found = len(source.classes)
+    if found > getattr(task, "num_classes", found):
+        raise errors.UserError(f"config.model.net.num_classes = {task.num_classes}, but the data has {found} classes")
+    return source
 
 
 @dataclasses.dataclass(frozen=True)

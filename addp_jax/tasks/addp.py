@@ -9,12 +9,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-from addp_jax import diffusion, errors, samplers, tasks, writers
+from addp_jax import diffusion, errors, partition, samplers, tasks, writers
 from addp_jax.data import pipeline
 from addp_jax.interop import weights
 from addp_jax.metrics import averages
 from addp_jax.models import pixel_to_token, token_predictor, tokenizer
 from addp_jax.samplers import alternating
+
+COLUMNS = 8  # of the evaluation's denoising picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Config:
 
 class Task:
     """See `addp_jax.tasks`."""
+
+    compact = ("tokenizer", "token_predictor", "pixel_to_token")
 
     def __init__(self, config: Config, dtype):
         self.config = config
@@ -114,9 +118,10 @@ class Task:
             for index, batch in enumerate(batches):
                 loss, pictures = self._values(params, frozen, batch, jax.random.fold_in(key, index))
                 if index == 0:
-                    shown.append(pictures)
-                by_ratio.add(pictures[-1].mean(-1), loss, batch["valid"])
-                yield {"loss": loss}, batch["valid"]
+                    shown.append(partition.whole([array[:COLUMNS] for array in pictures]))
+                loss, ratio, valid = partition.whole((loss, pictures[-1].mean(-1), batch["valid"]))
+                by_ratio.add(ratio, loss, valid)
+                yield {"loss": loss}, valid
 
         scalars = averages.mean_over(losses()) | by_ratio.means()
         samples = self._samples(params, frozen, key)
@@ -125,12 +130,12 @@ class Task:
             images["denoising"] = self._denoising(frozen, *shown[0])
         return scalars, images
 
-    def _denoising(self, frozen, image, corrupted, logits, token_ids, mask, columns: int = 8):
+    def _denoising(self, frozen, image, corrupted, logits, token_ids, mask):
         """Rows: original, corrupted input, the network's prediction."""
         probs = jax.nn.softmax(logits[..., : self.config.net.num_codes])
         latents = diffusion.mix_latents(probs, token_ids, mask, frozen["tokenizer"]["codebook"])
         predicted = self.tokenizer.apply({"params": frozen["tokenizer"]}, latents, method="decode")
-        rows = [jnp.clip(row[:columns], 0, 1) for row in (image, corrupted, predicted)]
+        rows = [jnp.clip(row, 0, 1) for row in (image, corrupted, predicted)]
         return writers.grid(jnp.concatenate(rows), columns=len(rows[0]))
 
     def nets(self, params, frozen) -> samplers.Nets:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from addp_jax import tasks, writers
+from addp_jax import partition, tasks, writers
 from addp_jax.data import augment, pipeline, transforms
 from addp_jax.interop import encoder
 from addp_jax.metrics import averages
@@ -84,9 +84,7 @@ class Task:
         return report(((logits(batch["image"]), batch["label"], batch["valid"]) for batch in batches), self.num_classes)
 
     def transform(self, split: str, data: pipeline.Config):
-        """Raises UserError if the data has more classes than the network."""
         if split == "train":
-            tasks.check_classes(data, self.image_size, self.num_classes)
             crop = transforms.train_image(self.image_size, data.crop_scale, data.flip)
             image = augment.AugmentedImage(crop, self.config.augment)
         else:
@@ -97,13 +95,14 @@ class Task:
 def report(batches, num_classes: int):
     """`(scalars, images)` of an evaluation from (logits [B,C], labels [B], valid bool [B]) of its batches.
 
-    top1, top5: accuracy over the examples; class_mean, class_worst: over the classes that have examples.
+    top1, top5: accuracy over the examples; class_mean, class_worst: over the classes that have examples;
+    class/0, class/1, ...: of each, where there are few. The picture shows those of all classes.
     """
     matrix = np.zeros((num_classes, num_classes), np.int64)
 
     def each():
         for batch in batches:
-            logits, labels, valid = map(np.asarray, jax.device_get(batch))
+            logits, labels, valid = partition.whole(batch)
             matrix[:] += metrics.confusion(labels[valid], logits.argmax(1)[valid], num_classes)
             values = {"loss": metrics.cross_entropy(logits, labels)}
             yield values | {f"top{k}": metrics.in_top(logits, labels, k) for k in (1, 5)}, valid
@@ -113,4 +112,6 @@ def report(batches, num_classes: int):
         return {}, {}
     of_classes = metrics.class_accuracy(matrix)
     scalars |= {"class_mean": float(np.nanmean(of_classes)), "class_worst": float(np.nanmin(of_classes))}
+    if num_classes <= writers.NUMBERED_CLASSES:
+        scalars |= {f"class/{n}": float(value) for n, value in enumerate(of_classes) if np.isfinite(value)}
     return scalars, {"confusion": writers.confusion(matrix)}

@@ -5,6 +5,7 @@ trains on images.
 
 Departs from MAGE's protocol (main_linprobe.py), which crops at random in every epoch: cached features do not change.
 For the same reason the BatchNorm before the classifier has the statistics of the whole training set, not of a batch.
+The features are pooled behind the encoder's own final LayerNorm, MAGE's in front of a fresh one.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Task:
         self.num_classes = config.num_classes
         self.block = config.encoder.depth if config.block == -1 else config.block
         self.net = heads.LinearProbe(config.num_classes)
-        self.train_features = None  # set by open_source; the k-NN classifier looks in them
+        self.opened = {}  # {split: its features}; the k-NN classifier looks in those of "train"
         self._logits = jax.jit(lambda params, rows: self.net.apply({"params": params["linear_probe"]}, rows))
 
     def init(self, rng):
@@ -78,40 +79,42 @@ class Task:
 
     def load_pretrained(self):
         """The statistics of the training features."""
-        rows = self.train_features.features
+        rows = self.opened["train"].features
         scale = 1 / np.sqrt(rows.var(0) + NORM_EPS)
         return {"linear_probe": {"norm_scale": scale, "norm_bias": -rows.mean(0) * scale}}
 
     def open_source(self, split: str, data: pipeline.Config) -> features.Features:
-        """The features of a split; keeps the training features, few-shot choice made. Raises UserError as images do."""
-        shots, seed = self.config.shots, self.config.shots_seed
-        with jax.set_mesh(self._mesh):  # the loop's is not there yet
-            if self.train_features is None:
-                found = self._features("train", data)
-                self.train_features = found.few(shots, seed) if shots else found
-            return self.train_features if split == "train" else self._features(split, data)
+        """The features of a split, of "train" after the few-shot choice. Raises UserError as the images' source does."""
+        for name in {"train", split} - self.opened.keys():
+            with jax.set_mesh(self._mesh):  # the loop's is not there yet
+                found = self._features(name, data)
+            few = name == "train" and self.config.shots
+            self.opened[name] = found.few(self.config.shots, self.config.shots_seed) if few else found
+        return self.opened[split]
 
     @functools.cached_property
     def _mesh(self):
-        return partition.make_mesh(partition.Config(), jax.local_devices())
+        return partition.make_mesh(partition.Config())
 
     def _features(self, split: str, data: pipeline.Config) -> features.Features:
         config = self.config
         source = pipeline.open_source(data, split, self.image_size)
-        settings = f"block {self.block} {config.pooling} {config.crop_pct} {self.image_size} {self.dtype}"
-        key = features.identity(parameters.content_hash(self._encoder), sources.fingerprint(source), settings)
+        settings = config.encoder, self.block, config.pooling, config.crop_pct, jnp.dtype(self.dtype).name
+        key = features.identity(parameters.content_hash(self._encoder), sources.fingerprint(source), repr(settings))
         found = features.cached(config.cache, key, source, lambda: self._compute(source, data))
         if found.labels.max() >= self.num_classes:
-            raise errors.UserError(f"config.model.num_classes = {self.num_classes}, but {source!r} has label {found.labels.max()}")
+            raise errors.UserError(
+                f"config.model.num_classes = {self.num_classes}, but {source!r} has label {found.labels.max()}"
+            )
         return found
 
     def _compute(self, source, data: pipeline.Config):
         print(f"computing the features of {source!r}")
         transform = transforms.eval_image(self.image_size, self.config.crop_pct)
-        frozen = jax.device_put({"encoder": self._encoder}, partition.replicated(self._mesh))
+        frozen = partition.put({"encoder": self._encoder}, partition.replicated(self._mesh))
         function = functools.partial(jax.jit(self.features), {}, frozen)
         size = -(-BATCH_SIZE // self._mesh.size) * self._mesh.size  # as many images on each device
-        yield from features.batches_of(source, transform, function, data, size, partition.batch_sharding(self._mesh))
+        yield from features.batches_of(source, transform, function, data, size, self._mesh)
 
     def loss(self, params, frozen, batch, rng, train: bool):
         logits = self._logits(params, batch["features"])
@@ -129,7 +132,7 @@ class Task:
 
     def evaluate(self, params, frozen, batches):
         """As the task `classification`; knn_top1 (weighted votes), knn_plain_top1 (one vote each)."""
-        config, bank, found = self.config, self.train_features, []
+        config, bank, found = self.config, self.opened["train"], []
         k = min(config.neighbours, len(bank))
         neighbours = functools.partial(
             nearest.votes, jnp.asarray(bank.features), jnp.asarray(bank.labels),
@@ -138,11 +141,12 @@ class Task:
 
         def each():
             for batch in batches:
+                label, valid = partition.whole((batch["label"], batch["valid"]))
                 if k:
-                    voted = neighbours(batch["features"])
+                    voted = partition.whole(neighbours(batch["features"]))
                     names = ("knn_top1", "knn_plain_top1")
-                    found.append(({n: metrics.in_top(v, batch["label"], 1) for n, v in zip(names, voted)}, batch["valid"]))
-                yield self._logits(params, batch["features"]), batch["label"], batch["valid"]
+                    found.append(({n: metrics.in_top(v, label, 1) for n, v in zip(names, voted)}, valid))
+                yield self._logits(params, batch["features"]), label, valid
 
         scalars, images = classification.report(each(), self.num_classes)
         return scalars | averages.mean_over(found), images

@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from addp_jax import diffusion, samplers, tasks, writers
+from addp_jax import diffusion, partition, samplers, tasks, writers
 from addp_jax.data import pipeline
 from addp_jax.interop import weights
 from addp_jax.metrics import averages
@@ -35,6 +35,8 @@ class Config:
 
 class Task:
     """See `addp_jax.tasks`."""
+
+    compact = ("tokenizer", "token_predictor")
 
     def __init__(self, config: Config, dtype):
         self.config = config
@@ -95,8 +97,9 @@ class Task:
         def values():
             for index, batch in enumerate(batches):
                 found = self._values(params, frozen, batch, jax.random.fold_in(key, index))
-                losses.add(found["mask_ratio"], found["loss"], batch["valid"])
-                yield found, batch["valid"]
+                found, valid = partition.whole((found, batch["valid"]))
+                losses.add(found["mask_ratio"], found["loss"], valid)
+                yield found, valid
 
         scalars = averages.mean_over(values()) | losses.means()
         samples = self._samples(params, frozen, key)

@@ -1,0 +1,172 @@
+"""Compiles a config's own program for devices that exist for the compiler only, and reports on it.
+
+`plan` runs it as `python -m addp_jax.compile_only`, a request as JSON on stdin, the report as JSON on the last line of
+stdout: a compiler may abort the process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import re
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+
+from addp_jax import errors, evaluate, flops, generate, hlo, partition, samplers, schema, topologies, train
+from addp_jax.interop import weights
+
+IMAGENET = 1_281_167  # images of an epoch, where the config does not limit them
+
+
+def report(config: dict, topology: str, slices: int, program: str, level: str) -> dict:
+    """What the compiler says. `error` is there instead of `peak` when the program does not fit or does not compile.
+
+    Args:
+      config: the fields of the run.
+      program: train | sample.
+      level: of the compiler's optimization: O0, several times faster, or default.
+    """
+    if level != "default":
+        jax.config.update("jax_optimization_level", level)
+    name = topologies.parse(topology, slices)
+    devices = topologies.describe(name)
+    limit = topologies.memory_limit(name, devices[0])
+    run = build(config, partition.make_mesh(partition.Config(**config["mesh"]), devices))
+    with jax.set_mesh(run.mesh):
+        function, args, sizes = PROGRAMS[program](run)
+        executed = flops.count(function, *args)
+        started, used = time.perf_counter(), time.process_time()
+        found = {"limit": limit} | compiled(function, args)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - used
+    return found | sizes | {
+        "topology": str(name), "kind": name.kind, "devices": len(devices), "chips": name.chips, "level": level,
+        "mesh": dict(run.mesh.shape), "steps": run.length.total, "num_train": num_train(config),
+        "executed_flops": executed, "useful_flops": useful_flops(config, run, program), "compile_seconds": round(seconds, 1),
+        "compile_cpu_seconds": round(cpu_seconds, 1),
+        **({} if name.kind in topologies.GPUS else compiler_version()),
+    }  # fmt: skip
+
+
+def build(config: dict, mesh) -> train.Run:
+    """The run of the fields `config`, with frozen networks that have shapes only."""
+    config = config | {"model": {name: _shapes(name, value) for name, value in config["model"].items()}}
+    return train.build(schema.build(train.Config, config), num_train(config), mesh)
+
+
+def num_train(config: dict) -> int:
+    return config["data"]["num_train"] or IMAGENET
+
+
+def _shapes(name: str, value):
+    return weights.SHAPES if name in ("tokenizer_weights", "predictor_weights") else value
+
+
+def training(run: train.Run):
+    """`(step, its arguments, sizes)`: as the loop calls it."""
+    frozen, batch = _kept(run, run.task.load_frozen()), {"image": _images(run, run.config.batch_size, jnp.uint8)}
+    batch["label"] = jax.ShapeDtypeStruct((run.config.batch_size,), jnp.int32, sharding=partition.batch_sharding(run.mesh))
+    parameters = _bytes(run.state.params)
+    return run.step, (run.state, frozen, batch), {
+        "batch_size": run.config.batch_size,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(run.state.params)),
+        "parameter_bytes": parameters, "optimizer_bytes": _bytes(run.state) - parameters,
+        "frozen_bytes": _bytes(frozen), "batch_bytes": _bytes(batch), "donated": _bytes(run.state),
+    }  # fmt: skip
+
+
+def sampling(run: train.Run):
+    """`(sampler, its arguments, sizes)`: as --mode=generate calls it."""
+    if not hasattr(run.task, "nets"):
+        raise errors.UserError(f"config.task: {run.config.task} draws no images; plan --program=train")
+    config = schema.build(generate.Config, run.config.generate, "config.generate")
+    size = generate.batch_size(config, run.mesh)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
+    keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=partition.batch_sharding(run.mesh))
+    batch, frozen, params = (keys, _images(run, size, jnp.float32)), _kept(run, run.task.load_frozen()), _kept(run, run.state.params)
+    return jax.jit(samplers.per_device(run.task, config.mask_ratio, run.mesh)), ((params, frozen), batch), {
+        "batch_size": size,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "parameter_bytes": _bytes(params), "optimizer_bytes": 0,
+        "frozen_bytes": _bytes(frozen), "batch_bytes": _bytes(batch), "donated": 0,
+    }  # fmt: skip
+
+
+PROGRAMS = {"train": training, "sample": sampling}
+
+
+def _kept(run: train.Run, networks):
+    """Shapes of networks that are whole on every device."""
+    everywhere = partition.replicated(run.mesh)
+    kept = jax.eval_shape(lambda networks: evaluate.compact(run, networks), networks)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), kept)
+
+
+def _images(run: train.Run, count: int, dtype):
+    shape = (count, run.task.image_size, run.task.image_size, 3)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=partition.batch_sharding(run.mesh))
+
+
+def _bytes(tree) -> int:
+    """On one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def useful_flops(config: dict, run: train.Run, program: str) -> int:
+    """Those of the same program when nothing is computed again for the backward pass."""
+
+    def everything_kept(value):
+        if isinstance(value, dict):
+            return {name: "none" if name == "remat" else everything_kept(entry) for name, entry in value.items()}
+        return value
+
+    plain = build(everything_kept(config), run.mesh)
+    with jax.set_mesh(run.mesh):
+        function, args, _ = PROGRAMS[program](plain)
+        return flops.count(function, *args)
+
+
+def compiled(function, args) -> dict:
+    """Memory, collectives and, from the TPU compiler at its default level, estimated cycles of one device."""
+    try:
+        executable = function.lower(*args).compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = memory_needed(str(error))
+        return {"error": str(error).splitlines()[0]} | ({"needed": needed} if needed else {})
+    memory = executable.memory_analysis()
+    found = {"peak": memory.peak_memory_in_bytes, "aliased": memory.alias_size_in_bytes}
+    try:
+        text = executable.as_text()
+    except Exception as error:  # of a compiler that does not match jax; the memory is known all the same
+        return found | {"unreadable": str(error).splitlines()[0]}
+    kinds = {kind: dataclasses.asdict(entry) for kind, entry in hlo.collectives(text).items()}
+    return found | {"collectives": kinds, "cycles": hlo.estimated_cycles(text), "hbm_traffic": hlo.hbm_bytes(text)}
+
+
+def memory_needed(message: str) -> float | None:
+    """Bytes that a TPU program would need, of the compiler's refusal; None if it refuses for another reason."""
+    match = re.search(r"(?:memory required [^(]*\(|Used )([\d.]+)([KMGT])", message)
+    return float(match[1]) * 2 ** (10 * " KMGT".index(match[2])) if match else None
+
+
+def compiler_version() -> dict:
+    """`libtpu` that is installed, and the one that the installed jax asks for."""
+    pins = [line for line in importlib.metadata.requires("jax") or [] if line.startswith("libtpu")]
+    return {"libtpu": importlib.metadata.version("libtpu"), "libtpu_wanted": re.split("[;,]", pins[0])[0].strip() if pins else ""}
+
+
+def main() -> None:
+    try:
+        found = report(**json.load(sys.stdin))
+    except errors.UserError as error:
+        found = {"mistake": str(error)}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Several processes as one run: how they find each other, agree, stop together and speak with one voice.
+
+Every process runs the same program on its own devices and must reach the same collective operations in the same
+order; that the first one alone writes and prints is the only difference between them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import sys
+import threading
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from addp_jax import errors
+
+HEARTBEAT_SECONDS = 30  # without a sign of life from a process, the others end
+WAIT_SECONDS = 300  # for all processes to be there
+LOST = re.compile("gloo|nccl|coordination service|heartbeat|socket closed|connection reset|connection closed", re.I)
+
+
+def start(coordinator: str | None, num_processes: int | None, process_id: int | None, interruptible: bool) -> None:
+    """Join the other processes; call it before anything asks for devices.
+
+    Args:
+      coordinator: HOST:PORT on which process 0 listens; with None, all three come from Slurm, TPU metadata or whatever
+        else jax knows.
+      interruptible: SIGTERM is kept for an `Interrupt` instead of ending this process.
+    Raises UserError when only some of the three are given or nothing is found, and when the others do not come.
+    """
+    given = (coordinator, num_processes, process_id)
+    if len({value is None for value in given}) > 1:
+        raise errors.UserError("--coordinator, --num_processes and --process_id belong together: give all, or none")
+    jax.config.update("jax_enable_preemption_service", interruptible)  # while it is on, it takes every SIGTERM
+    try:
+        jax.distributed.initialize(
+            *given, initialization_timeout=WAIT_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+        )  # fmt: skip
+    except (ValueError, RuntimeError) as error:
+        advice = "give --coordinator=HOST:PORT --num_processes=N --process_id=I" if coordinator is None else "see --help"
+        raise errors.UserError(f"--distributed: {str(error).splitlines()[0]}; {advice}") from error
+    if jax.process_index():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    print(
+        f"{jax.process_count()} processes, {jax.device_count()} devices; if a process dies, the others end within "
+        f"{HEARTBEAT_SECONDS} s: start all of them again to go on from the newest checkpoint",
+        flush=True,
+    )
+
+
+def name() -> str:
+    """What an error message begins with: which of several processes has it."""
+    return f"process {jax.process_index()} of {jax.process_count()}: " if jax.distributed.is_initialized() else ""
+
+
+@contextlib.contextmanager
+def noticing_losses():
+    """Within it, an operation that fails because another process is gone ends this one with a line that says so."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if not (jax.distributed.is_initialized() and LOST.search(str(error))):
+            raise
+        reason = str(error).splitlines()[0]
+        print(f"error: {name()}another process is gone ({reason}); start all of them again", file=sys.stderr, flush=True)
+        os._exit(1)  # a regular exit would wait for the one that is gone
+
+
+def agreed(flag: bool) -> bool:
+    """Whether `flag` holds on every process. Also a meeting point: what they did before has been done by all."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+class Interrupt:
+    """While entered, SIGTERM asks the loop to save and stop instead of killing the process.
+
+    Of several processes, one that gets it stops all of them, after the same step.
+    """
+
+    def __init__(self):
+        self.requested = False
+
+    def __enter__(self):
+        self._mine = not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread()
+        if self._mine:  # else jax has taken the signal
+            self._before = signal.signal(signal.SIGTERM, self._request)
+        return self
+
+    def after(self, step: int) -> bool:
+        """Whether to stop now that `step` steps are done; to be asked after each."""
+        if jax.distributed.is_initialized():
+            self.requested = multihost_utils.reached_preemption_sync_point(step)
+        return self.requested
+
+    def _request(self, *_):
+        self.requested = True
+
+    def __exit__(self, *_):
+        if self._mine:
+            signal.signal(signal.SIGTERM, self._before)

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# One run as several processes on this machine.
+usage() {
+    cat <<'HELP'
+launch/local.sh PROCESSES CONFIG WORKDIR [FLAG...]
+
+  PROCESSES   how many; on a machine with GPUs each gets one of its own
+  CONFIG      such as configs/vitb.py
+  WORKDIR     folder of the run; the same command goes on where a stopped run was
+  FLAG...     for python -m addp_jax.main: --mode=evaluate, --config.batch_size=256, ...
+
+Ctrl-C or SIGTERM: all processes save at one step and stop, exit status 143. When a process dies the others end too;
+the exit status is the highest of theirs. PYTHON: the interpreter (default .venv/bin/python).
+HELP
+}
+set -euo pipefail
+case ${1:-} in -h | --help) usage; exit 0 ;; esac
+[ $# -ge 3 ] || { usage >&2; exit 2; }
+count=$1 config=$2 workdir=$3
+shift 3
+case $count in '' | 0 | *[!0-9]*) echo "error: $count is not a number of processes" >&2; exit 2 ;; esac
+case $workdir in /*) ;; *) workdir=$PWD/$workdir ;; esac
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+GRACE=45 # seconds that the others have after one has failed; jax ends them after 30
+
+port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+pids=()
+trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
+for ((i = 0; i < count; i++)); do
+    JAX_LOCAL_DEVICE_IDS=$i "$python" -m addp_jax.main --config="$config" --workdir="$workdir" "$@" \
+        --coordinator="localhost:$port" --num_processes="$count" --process_id="$i" &
+    pids+=($!)
+done
+
+status=0
+while [ ${#pids[@]} -gt 0 ]; do
+    for i in "${!pids[@]}"; do
+        if kill -0 "${pids[i]}" 2>/dev/null; then continue; fi
+        ended=0
+        wait "${pids[i]}" || ended=$?
+        [ $ended -ge 0 ] || ended=1 # bash has been seen to say -1 when a signal came at the same time
+        unset "pids[i]"
+        [ $ended -ne 0 ] || continue
+        [ $status -ne 0 ] || deadline=$((SECONDS + GRACE))
+        [ $ended -le $status ] || status=$ended
+        # 2: it has said what to put right; 143: it was asked to stop.
+        case $ended in 2 | 143) ;; *) echo "error: process $i of $count ended with status $ended" >&2 ;; esac
+    done
+    if [ $status -ne 0 ] && [ $SECONDS -ge "$deadline" ]; then kill -KILL "${pids[@]}" 2>/dev/null || true; fi
+    sleep 0.5 &
+    wait $! || true # a signal ends this wait, not a plain sleep
+done
+case $status in 0 | 2 | 143) ;; *) echo "the same command goes on from the newest checkpoint" >&2 ;; esac
+exit $status

