@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from addp_jax import partition
 from addp_jax.models import tokenizer
 
 ROUNDING = 1e-4  # absolute, of activations of size 1
@@ -34,3 +35,9 @@ def test_the_fast_convolution_is_a_convolution():
 
     assert jax.jit(fast).lower(image, kernel).as_text().count("stablehlo.convolution") == len(tokenizer.FILTER)
     np.testing.assert_allclose(jax.jit(fast)(image, kernel), plain(image, kernel), atol=ROUNDING)
+
+
+def test_one_by_one_is_the_whole_batch():
+    batch = random(3, 4)
+    assert "while" in jax.jit(lambda batch: partition.one_by_one(jnp.sin, batch)).lower(batch).as_text()
+    np.testing.assert_allclose(partition.one_by_one(jnp.sin, batch), jnp.sin(batch), atol=1e-6)
