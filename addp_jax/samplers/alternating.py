@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from addp_jax import diffusion, samplers
+from addp_jax import diffusion, partition, samplers
 from addp_jax.samplers import Carry, Nets, Noise
 
 MAX_SEGMENTS = 4  # the scan is cut where a smaller decoder capacity suffices; each cut is one more compilation
@@ -80,6 +81,7 @@ def bind(net, params, tokenizer, tokenizer_params) -> Nets:
         return tokenizer.apply({"params": tokenizer_params}, image, method=tokenizer.encode)
 
     def decode(latents):
-        return tokenizer.apply({"params": tokenizer_params}, latents, method=tokenizer.decode)
+        apply = functools.partial(tokenizer.apply, {"params": tokenizer_params}, method=tokenizer.decode)
+        return partition.one_by_one(apply, latents)
 
     return Nets(encode, predict, decode, tokenizer_params["codebook"])
