@@ -87,7 +87,7 @@ def sampling(run: train.Run):
     config = schema.build(generate.Config, run.config.generate, "config.generate")
     size = generate.batch_size(config.batch_size, run.mesh)
     batch = {"number": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=partition.batch_sharding(run.mesh))}
-    frozen, params = _kept(run, run.task.load_frozen()), _kept(run, run.state.params)
+    frozen, params = _kept(run, run.task.load_for_sampling()), _kept(run, run.state.params)
     return generate.make_draw(run, starts.FromNothing(config), config.seed), ((params, frozen), batch), {
         "batch_size": size,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),

@@ -124,16 +124,16 @@ def compiled(config: Config, task, mesh):
 
 
 def read(program, workdir: str):
-    """`(params, frozen)` of the newest checkpoint in `workdir`, as numpy arrays."""
+    """The parameters of the newest checkpoint in `workdir`, as numpy arrays."""
     params, info = checkpoint.load_params(workdir, ema=True)
     params = weights.fit(params, program.state.params, workdir)
     print(f"{workdir}: parameters of step {info['step']}")
-    return params, program.task.load_frozen()
+    return params
 
 
 def load(program, workdir: str):
-    """As `read`, on the mesh: parameters laid out as in training, frozen networks whole on every device."""
-    params, frozen = read(program, workdir)
+    """`(params, frozen)` on the mesh: parameters laid out as in training, frozen networks whole on every device."""
+    params, frozen = read(program, workdir), program.task.load_frozen()
     layouts = jax.tree.map(lambda leaf: leaf.sharding, program.state.params)
     return partition.put(params, {name: layouts[name] for name in params}), place(program, frozen)
 

@@ -109,7 +109,7 @@ def generate(program, config: Config, workdir: str) -> None:
     """
     start = make_starts(program, config)
     with jax.set_mesh(program.mesh), contextlib.ExitStack() as stack:
-        params, frozen = evaluate.read(program, workdir)
+        params, frozen = evaluate.read(program, workdir), program.task.load_for_sampling()
         settings = describe(program, config, start, params, frozen)
         nets_params = evaluate.place(program, params), evaluate.place(program, frozen)
         first = jax.process_index() == 0  # it alone writes

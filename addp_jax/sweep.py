@@ -62,7 +62,8 @@ def sweep(program, config: generate.Config, workdir: str) -> None:
     rows, lines = [], []
     progress = writers.Progress(len(programs), 0, unit="setting", enabled=first)
     with jax.set_mesh(program.mesh):
-        nets_params = [evaluate.place(program, networks) for networks in evaluate.read(program, workdir)]
+        networks = evaluate.read(program, workdir), program.task.load_for_sampling()
+        nets_params = [evaluate.place(program, entry) for entry in networks]
         numbers = np.arange(min(len(start), COLUMNS))
         padded = generate.padded(numbers, generate.batch_size(len(numbers), program.mesh))
         batch = partition.put(start.batch(padded), partition.batch_sharding(program.mesh))

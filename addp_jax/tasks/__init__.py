@@ -19,6 +19,7 @@ Where a task needs them:
     compact                        names of networks that compute in `dtype` alone: where frozen, their kernels are kept in it
     reconstruct(params, frozen, image) -> image   of a tokenizer: float [B,H,W,3] in [0,1], the result not clipped
     nets(params, frozen), sampler, sampler_config   of a generator: see `addp_jax.samplers`
+    load_for_sampling() -> frozen  what of load_frozen its nets read
     logits, features(params, frozen, image uint8 [B,H,W,3])   of a task that recognises images: [B,C], [B,D]
     num_classes   C, of a task with classes
 """

@@ -63,21 +63,14 @@ class Task:
         return {"pixel_to_token": pixel_to_token.init(self.net, rng)}
 
     def load_frozen(self):
-        config = self.config
-        return {
-            "tokenizer": weights.load(
-                config.tokenizer_weights,
-                "tokenizer",
-                functools.partial(tokenizer.init, self.tokenizer),
-                "config.model.tokenizer_weights",
-            ),
-            "token_predictor": weights.load(
-                config.predictor_weights,
-                "token_predictor",
-                functools.partial(token_predictor.init, self.predictor),
-                "config.model.predictor_weights",
-            ),
-        }
+        init, path = functools.partial(token_predictor.init, self.predictor), self.config.predictor_weights
+        predictor = weights.load(path, "token_predictor", init, "config.model.predictor_weights")
+        return self.load_for_sampling() | {"token_predictor": predictor}
+
+    def load_for_sampling(self):
+        """The token predictor only teaches: no sampler asks it."""
+        init, path = functools.partial(tokenizer.init, self.tokenizer), self.config.tokenizer_weights
+        return {"tokenizer": weights.load(path, "tokenizer", init, "config.model.tokenizer_weights")}
 
     def loss(self, params, frozen, batch, rng, train: bool):
         loss, _ = self._per_example(params, frozen, batch, rng, train)

@@ -53,6 +53,9 @@ class Task:
         return {"token_predictor": token_predictor.init(self.net, rng)}
 
     def load_frozen(self):
+        return self.load_for_sampling()
+
+    def load_for_sampling(self):
         init = functools.partial(tokenizer.init, self.tokenizer)
         path = self.config.tokenizer_weights
         return {"tokenizer": weights.load(path, "tokenizer", init, "config.model.tokenizer_weights")}
