@@ -137,7 +137,7 @@ def sampling(program: train.Run, frozen, batch_size: int) -> list[Row]:
         def step(params, frozen, keys, images, static=static, at=at):
             nets = task.nets(params, frozen)
             noise = samplers.draw_noise(keys, at.step[0], length, nets.codebook.shape[0])
-            carry = samplers.start(nets, keys, images, 1.0)
+            carry = samplers.Carry(images, jnp.zeros((batch_size, length), jnp.int32), jnp.ones((batch_size, length), bool))
             return task.sampler.step(nets, task.sampler_config, static, carry, jax.tree.map(lambda a: a[0], at), noise)
 
         for name, row in networks(step, mesh, params, frozen, keys, images).items():

@@ -10,7 +10,7 @@ import optax
 import programs
 import pytest
 
-from addp_jax import benchmark, checkpoint, errors, optim, parameters, partition, schema, train
+from addp_jax import checkpoint, errors, optim, parameters, partition, schema, train
 from addp_jax.data import augment, pipeline
 from addp_jax.models import heads, pixel_to_token, vit
 from addp_jax.tasks import classification
@@ -175,11 +175,6 @@ def test_a_run_remembers_which_encoder_it_started_from(addp_run):
     task = classification.Task(schema.build(classification.Config, config.model), jnp.float32)
     identity = train.identity(config, {}, task.load_pretrained())
     assert identity != train.identity(config, {}, {}) and "classifier" in identity["init"]
-
-
-def test_a_training_step_is_benchmarked(capsys):
-    benchmark.benchmark(programs.config("demo_classification", model__encoder_weights=""))
-    assert '"seconds_per_step"' in capsys.readouterr().out
 
 
 def test_every_parameter_has_a_layout():
