@@ -169,9 +169,8 @@ def build(config: Config, num_train: int = 0, mesh=None) -> Run:
     schedule = optim.schedule(config.optim, run, config.batch_size)
     optimizer = optim.build(config.optim, schedule)
     init = make_init(task, optimizer, config)
-    key = jax.random.key(config.seed)  # made outside of the mesh, whose devices may exist in a plan only
-    with jax.set_mesh(mesh):
-        shapes = jax.eval_shape(init, key)
+    with jax.set_mesh(mesh):  # whose devices may exist for the compiler only: the key, too, is traced
+        shapes = jax.eval_shape(lambda: init(jax.random.key(config.seed)))
     layout = partition.shardings(shapes, mesh)
     everywhere = partition.replicated(mesh)
     step = jax.jit(
