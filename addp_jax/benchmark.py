@@ -1,50 +1,201 @@
-"""`--mode=benchmark`: time and memory of a config's training step on the present device, with made-up images."""
+"""`--mode=benchmark`: time, FLOPs and memory of a config's training step and sampler, whole and by part, on the present
+device, with made-up images. A part is run on its own, so the parts' times need not add up to the whole's."""
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import json
 import resource
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
-from addp_jax import errors, evaluate, partition, train
+from addp_jax import errors, evaluate, flops, optim, partition, samplers, topologies, train
+from addp_jax.models import calls
 
-REPEATS = 3
+REPEATS, ENOUGH_SECONDS = 3, 20.0  # the best of so many runs, of fewer where they take long
+
+# What jax calls a device -> its entry in topologies.CHIPS. The peak of others, and of float32, is measured.
+DEVICES = {
+    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x",
+    "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200",
+}  # fmt: skip
 
 
-def benchmark(config: train.Config) -> None:
-    """Print one JSON line. Set the `*_weights` fields to "random" where no trained weights are at hand."""
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What one part costs in one step, or in one run of the sampler."""
+
+    part: str
+    seconds: float
+    flops: float
+    planned_bytes: int = 0  # peak memory of its program on one device, as the compiler plans it
+    compile_seconds: float = 0.0
+    calls: int = 1
+
+    def __add__(self, other: Row) -> Row:
+        names = ("seconds", "flops", "compile_seconds", "calls")
+        together = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return dataclasses.replace(self, **together, planned_bytes=max(self.planned_bytes, other.planned_bytes))
+
+    def __mul__(self, times: int) -> Row:
+        return dataclasses.replace(self, seconds=self.seconds * times, flops=self.flops * times, calls=self.calls * times)
+
+
+def measure(part: str, function, *args, carried: bool = False) -> Row:
+    """Compile and time `function(*args)`. `carried`: its first output is the first argument of the next run."""
+    counted, started = flops.count(function, *args), time.perf_counter()
+    jitted = function if hasattr(function, "lower") else jax.jit(function)
+    program = jitted.lower(*args).compile()
+    compile_seconds, seconds = time.perf_counter() - started, []
+    while len(seconds) <= REPEATS and sum(seconds[1:]) < ENOUGH_SECONDS:
+        started = time.perf_counter()
+        out = jax.block_until_ready(program(*args))
+        seconds.append(time.perf_counter() - started)
+        args = (out[0], *args[1:]) if carried else args
+    memory = program.memory_analysis()
+    return Row(part, min(seconds[1:]), counted, memory.peak_memory_in_bytes if memory else 0, compile_seconds)
+
+
+def made_up(shapes, sharding):
+    """Small random numbers in the given shapes; zeros for integers and booleans."""
+
+    def one(shape):
+        if jnp.issubdtype(shape.dtype, jnp.floating):
+            return 0.02 * jax.random.normal(jax.random.key(0), shape.shape, shape.dtype)
+        return jnp.zeros(shape.shape, shape.dtype)
+
+    return jax.jit(lambda: jax.tree.map(one, shapes), out_shardings=sharding)()
+
+
+def networks(function, mesh, *args) -> dict[str, Row]:
+    """The networks that `function(*args)` runs, each timed alone: forward, its parameters on every device."""
+    found, rows = collections.defaultdict(list), {}
+    for call in calls.record(function, *args):
+        found[call.name].append(call)
+    for name, same in found.items():
+        size = max(map(_size, same))
+        whole = [call for call in same if _size(call) == size]  # the others are single examples of `one_by_one`
+        rows[name] = _alone(whole[0], mesh, looped=len(whole) < len(same)) * len(whole)
+    return rows
+
+
+def _size(call: calls.Call) -> int:
+    return sum(array.size for array in call.arrays)
+
+
+def _alone(call: calls.Call, mesh, looped: bool) -> Row:
+    def run(variables, arrays, rng):
+        if looped:
+            return partition.one_by_one(lambda batch: call.function(variables, [batch], rng), *arrays)
+        return call.function(variables, arrays, rng)
+
+    layouts = [partition.batch_sharding(mesh), partition.replicated(mesh)]
+    arrays = [made_up(array, layouts[array.shape[0] % mesh.size > 0]) for array in call.arrays]
+    return measure(call.name, run, made_up(call.variables, layouts[1]), arrays, jax.random.key(0))
+
+
+def training(config: train.Config, program: train.Run, frozen, batch) -> list[Row]:
+    """The step, its forward pass by network, the rest of its forward and backward pass, the optimizer."""
+    task, key = program.task, jax.random.key(config.seed)
+    state = program.init(key)
+    pieces = config.optim.accumulate
+    piece = jax.tree.map(lambda array: array[: len(array) // pieces], batch)
+    optimizer = optim.build(config.optim, optim.schedule(config.optim, program.length, config.batch_size))
+
+    def loss(params, frozen, batch):
+        return task.loss(params, frozen, batch, key, True)[0]
+
+    def update(state, grads):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        return state.replace(opt_state=opt_state, params=optax.apply_updates(state.params, updates))
+
+    parts = [row * pieces for row in networks(loss, program.mesh, state.params, frozen, piece).values()]
+    forward = measure("forward", loss, state.params, frozen, piece) * pieces
+    grads = jax.tree.map(jnp.ones_like, state.params)
+    updated = measure("optimizer", update, state, grads)
+    step = measure("training step", program.step, state, frozen, batch, carried=True)
+    backward = Row("backward", step.seconds - forward.seconds - updated.seconds, step.flops - forward.flops)
+    return [step, *parts, forward, backward, updated]
+
+
+def sampling(program: train.Run, frozen, batch_size: int) -> list[Row]:
+    """A whole run of the sampler for one batch, and its networks, each as often as the schedule runs it."""
+    task, mesh, length = program.task, program.mesh, program.task.config.net.length
+    params = jax.jit(task.init)(jax.random.key(0))
+    keys = jax.device_put(jax.random.split(jax.random.key(0), batch_size), partition.batch_sharding(mesh))
+    shape = jax.ShapeDtypeStruct((batch_size, task.image_size, task.image_size, 3), jnp.float32)
+    images = made_up(shape, partition.batch_sharding(mesh))
+    whole = measure("sampling", samplers.per_device(task, 1.0, mesh), (params, frozen), (keys, images))
+    rows = {}
+    for static, at in task.sampler.segments(task.sampler_config, length, 1.0):
+
+        def step(params, frozen, keys, images, static=static, at=at):
+            nets = task.nets(params, frozen)
+            noise = samplers.draw_noise(keys, at.step[0], length, nets.codebook.shape[0])
+            carry = samplers.start(nets, keys, images, 1.0)
+            return task.sampler.step(nets, task.sampler_config, static, carry, jax.tree.map(lambda a: a[0], at), noise)
+
+        for name, row in networks(step, mesh, params, frozen, keys, images).items():
+            row = row * len(at.step)
+            rows[name] = rows[name] + row if name in rows else row
+    return [whole, *rows.values()]
+
+
+def peak_flops(device, dtype) -> tuple[float, str]:
+    """FLOP/s that one device can do, and how that is known."""
+    if dtype == jnp.bfloat16 and device.device_kind in DEVICES:
+        return topologies.CHIPS[DEVICES[device.device_kind]].flops, "data sheet"
+    size = 2048 if device.platform == "cpu" else 8192
+    matrix = jnp.ones((size, size), dtype)
+    return 2 * size**3 / measure("", jnp.matmul, matrix, matrix).seconds, f"measured, a {dtype.name} matrix product"
+
+
+def report(title: str, rows: list[Row], images: int, peak: float) -> None:
+    """A table; the first row is the whole."""
+    print(f"\n{title}")
+    print(f"{'':34}{'runs':>6}{'seconds':>10}{'GFLOP':>10}{'GFLOP/s':>10}{'images/s':>10}{'of peak':>9}{'MiB':>8}")
+    for row in rows:
+        rate = row.flops / row.seconds
+        print(
+            f"{row.part:34}{row.calls:6}{row.seconds:10.3f}{row.flops / 1e9:10.1f}{rate / 1e9:10.1f}"
+            f"{images / row.seconds:10.3f}{rate / peak:9.1%}{row.planned_bytes / 2**20:8.0f}"
+        )
+
+
+def benchmark(config: train.Config) -> dict:
+    """Print tables and, as one line of JSON, what is returned. Set the `*_weights` fields to "random" where no trained weights are at hand."""
     program = train.build(config, num_train=config.batch_size)
-    if hasattr(program.task, "open_source"):
+    task, device = program.task, program.mesh.devices.flat[0]
+    if hasattr(task, "open_source"):
         raise errors.UserError(f"config.task: {config.task} trains on what it computed before; benchmark another task")
-    rng, size = np.random.default_rng(0), program.task.image_size
+    rng, size = np.random.default_rng(0), task.image_size
     batch = {"image": rng.integers(0, 256, (config.batch_size, size, size, 3), np.uint8)}
     batch["label"] = np.zeros(config.batch_size, np.int32)
+    dtype = partition.compute_dtype(config.dtype, program.mesh)
     with jax.set_mesh(program.mesh):
-        frozen = evaluate.place(program, program.task.load_frozen())
+        frozen = evaluate.place(program, task.load_frozen())
         batch = jax.device_put(batch, partition.batch_sharding(program.mesh))
-        state = program.init(jax.random.key(config.seed))
-        started = time.perf_counter()
-        step = program.step.lower(state, frozen, batch).compile()
-        compile_seconds = time.perf_counter() - started
-        seconds = []
-        for _ in range(1 + REPEATS):
-            started = time.perf_counter()
-            state, metrics = step(state, frozen, batch)
-            loss = float(metrics["loss"])
-            seconds.append(time.perf_counter() - started)
-    best = min(seconds[1:])
-    print(json.dumps({
-        "device": program.mesh.devices.flat[0].device_kind,
+        peak, source = peak_flops(device, dtype)
+        tables = {"training step": training(config, program, frozen, batch)}
+        if hasattr(task, "nets"):
+            tables["sampling"] = sampling(program, frozen, config.batch_size)
+    for title, rows in tables.items():
+        report(f"{title}, {config.batch_size} images", rows, config.batch_size, peak * program.mesh.size)
+    result = {
+        "device": device.device_kind,
         "devices": program.mesh.size,
+        "dtype": dtype.name,
         "batch_size": config.batch_size,
+        "peak_flops_per_device": peak,
+        "peak_from": source,
         "trained_parameters": sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(program.state.params)),
-        "loss": loss,
-        "compile_seconds": round(compile_seconds, 1),
-        "seconds_per_step": round(best, 3),
-        "images_per_second": round(config.batch_size / best, 3),
-        "planned_peak_gib": round(step.memory_analysis().peak_memory_in_bytes / 2**30, 2),
         "process_peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-    }))  # fmt: skip
+        "device_peak_gib": round((device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30, 2),
+    } | {title: [dataclasses.asdict(row) for row in rows] for title, rows in tables.items()}
+    print(json.dumps(result))
+    return result

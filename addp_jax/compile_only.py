@@ -17,7 +17,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from addp_jax import errors, evaluate, flops, generate, hlo, partition, samplers, schema, topologies, train
+from addp_jax import errors, evaluate, flops, generate, hlo, partition, schema, starts, topologies, train
 from addp_jax.interop import weights
 
 IMAGENET = 1_281_167  # images of an epoch, where the config does not limit them
@@ -68,7 +68,8 @@ def _shapes(name: str, value):
 
 def training(run: train.Run):
     """`(step, its arguments, sizes)`: as the loop calls it."""
-    frozen, batch = _kept(run, run.task.load_frozen()), {"image": _images(run, run.config.batch_size, jnp.uint8)}
+    frozen, images = _kept(run, run.task.load_frozen()), (run.config.batch_size, run.task.image_size, run.task.image_size, 3)
+    batch = {"image": jax.ShapeDtypeStruct(images, jnp.uint8, sharding=partition.batch_sharding(run.mesh))}
     batch["label"] = jax.ShapeDtypeStruct((run.config.batch_size,), jnp.int32, sharding=partition.batch_sharding(run.mesh))
     parameters = _bytes(run.state.params)
     return run.step, (run.state, frozen, batch), {
@@ -84,11 +85,10 @@ def sampling(run: train.Run):
     if not hasattr(run.task, "nets"):
         raise errors.UserError(f"config.task: {run.config.task} draws no images; plan --program=train")
     config = schema.build(generate.Config, run.config.generate, "config.generate")
-    size = generate.batch_size(config, run.mesh)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
-    keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=partition.batch_sharding(run.mesh))
-    batch, frozen, params = (keys, _images(run, size, jnp.float32)), _kept(run, run.task.load_frozen()), _kept(run, run.state.params)
-    return jax.jit(samplers.per_device(run.task, config.mask_ratio, run.mesh)), ((params, frozen), batch), {
+    size = generate.batch_size(config.batch_size, run.mesh)
+    batch = {"number": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=partition.batch_sharding(run.mesh))}
+    frozen, params = _kept(run, run.task.load_frozen()), _kept(run, run.state.params)
+    return generate.make_draw(run, starts.FromNothing(config), config.seed), ((params, frozen), batch), {
         "batch_size": size,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "parameter_bytes": _bytes(params), "optimizer_bytes": 0,
@@ -104,11 +104,6 @@ def _kept(run: train.Run, networks):
     everywhere = partition.replicated(run.mesh)
     kept = jax.eval_shape(lambda networks: evaluate.compact(run, networks), networks)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), kept)
-
-
-def _images(run: train.Run, count: int, dtype):
-    shape = (count, run.task.image_size, run.task.image_size, 3)
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=partition.batch_sharding(run.mesh))
 
 
 def _bytes(tree) -> int:

@@ -121,9 +121,12 @@ def soft_cross_entropy(target: jax.Array, logits: jax.Array, mask: jax.Array, la
 
 # --- sampling -------------------------------------------------------------------------------------
 
-SCHEDULES = {  # fraction of the tokens still masked, given the fraction of the steps done
-    "cosine": lambda done: math.cos(math.pi / 2.0 * done),
-    "linear": lambda done: 1.0 - done,
+# Share of `count` tokens that is still masked once the share `done` of the steps is done; what the steps reveal:
+SCHEDULES = {
+    "cosine": lambda done, count: math.cos(math.pi / 2.0 * done),  # few tokens first, many at the end
+    "linear": lambda done, count: 1.0 - done,  # as many in each step (MaskGIT's code: "uniform")
+    "sqrt": lambda done, count: 1.0 - math.sqrt(done),  # many first, few at the end (MaskGIT's square root)
+    "constant": lambda done, count: count**-done if done < 1 else 0.0,  # the same share of what is left, down to one
 }
 
 
@@ -143,8 +146,14 @@ def sampling_num_masked(schedule: str, steps: int, length: int, mask_ratio: floa
     The order of the floating-point operations is the release's: with fractional mask ratios it decides the ceil.
     """
     most = int(length * mask_ratio)
-    left = [SCHEDULES[schedule](1.0 * (step + 1) / steps) for step in range(steps)]
+    left = [SCHEDULES[schedule](1.0 * (step + 1) / steps, length) for step in range(steps)]
     return np.array([min(max(math.ceil(length * ratio * mask_ratio), 1), most) for ratio in left], np.int32)
+
+
+def num_masked_by_start(schedule: str, steps: int, length: int) -> np.ndarray:
+    """`sampling_num_masked` of images with 0..L unknown tokens at the start, int32 `[T,L+1]`."""
+    columns = [sampling_num_masked(schedule, steps, unknown) for unknown in range(1, length + 1)]
+    return np.stack([np.zeros(steps, np.int32), *columns], axis=1)
 
 
 def annealing(temperature: float, steps: int, annealed: bool) -> np.ndarray:
@@ -164,13 +173,20 @@ def keep_nucleus(logits: jax.Array, top_p: float) -> jax.Array:
     return jnp.where(kept, logits, -jnp.inf)
 
 
+def keep_top(logits: jax.Array, top_k: int) -> jax.Array:
+    """Set all logits but the `top_k` largest to -inf, where several are level all of them are kept; 0 = keep all."""
+    if not 0 < top_k < logits.shape[-1]:
+        return logits
+    return jnp.where(logits >= jax.lax.top_k(logits, top_k)[0][..., -1:], logits, -jnp.inf)
+
+
 def least_confident(logits, token_ids, mask, noise, num_masked) -> jax.Array:
     """The mask of the `num_masked` least confident tokens, by rank; known tokens have infinite confidence.
 
     Args:
       logits: `[B,L,K]`; the confidence is the log probability of `token_ids` `[B,L]` plus `noise` `[B,L]`.
       mask: `[B,L]` tokens that were unknown before this step.
-      num_masked: how many stay masked, int.
+      num_masked: how many stay masked, int, or `[B,1]` where each image has its own number.
     """
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     score = jnp.take_along_axis(log_probs, token_ids[..., None], axis=-1)[..., 0] + noise

@@ -123,19 +123,24 @@ def compiled(config: Config, task, mesh):
     return features.load(config.features, config.inception_weights, mesh, *fields), jax.jit(make)
 
 
-def load(program, workdir: str):
-    """`(params, frozen)` of the newest checkpoint in `workdir`, on the mesh."""
-    layouts = jax.tree.map(lambda leaf: leaf.sharding, program.state.params)
+def read(program, workdir: str):
+    """`(params, frozen)` of the newest checkpoint in `workdir`, as numpy arrays."""
     params, info = checkpoint.load_params(workdir, ema=True)
     params = weights.fit(params, program.state.params, workdir)
     print(f"{workdir}: parameters of step {info['step']}")
-    params = partition.put(params, {name: layouts[name] for name in params})
-    return params, place(program, program.task.load_frozen())
+    return params, program.task.load_frozen()
 
 
-def place(program, frozen):
-    """Frozen networks on every device."""
-    return partition.put(compact(program, frozen), partition.replicated(program.mesh))
+def load(program, workdir: str):
+    """As `read`, on the mesh: parameters laid out as in training, frozen networks whole on every device."""
+    params, frozen = read(program, workdir)
+    layouts = jax.tree.map(lambda leaf: leaf.sharding, program.state.params)
+    return partition.put(params, {name: layouts[name] for name in params}), place(program, frozen)
+
+
+def place(program, networks):
+    """Networks whole on every device."""
+    return partition.put(compact(program, networks), partition.replicated(program.mesh))
 
 
 def compact(program, networks):

@@ -1,132 +1,230 @@
-"""`--mode=generate`: sample N images across the mesh; write PNGs, the ADM-style `.npz`, a grid and film strips."""
+"""`--mode=generate`: sample N images across the mesh, or edit the user's own; write PNGs, the ADM-style `.npz`, pictures."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import math
 import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
-from addp_jax import errors, evaluate, partition, samplers, writers
-from addp_jax.data import sources, transforms
+from addp_jax import errors, evaluate, parameters, partition, processes, sample_folder, samplers, starts, writers
+
+STRIP_COLUMNS = 20  # steps shown of a film strip, spread evenly
+GIF_FRAMES = 40
+EDITS = 8, 4  # own images, and results of each, in edits.png
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Fields of `config.generate`."""
 
-    num_images: int = 64
+    num_images: int = 64  # from nothing; of own images: all
     batch_size: int = 64
     seed: int = 0
     output: str = ""  # folder; "" = <workdir>/generated
-    images: str = ""  # folder of own images to start from; "" = from nothing
-    mask_ratio: float = 1.0  # tokens of an own image that are hidden and drawn anew
     strips: int = 4  # film strips of the denoising steps
+    sweep: str = ""  # see addp_jax/sweep.py
+    images: str = ""  # folder of own images to edit; "" = from nothing
+    mask_ratio: float = 1.0  # tokens of an own image that are hidden and drawn anew
+    masks: str = ""  # for masks, margins and whole see data/own_images.py
+    margins: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    whole: bool = False
+    variants: int = 1  # results per own image
+    feather: int = 0  # pixels of the seam to the own image; 0 = nothing of the own image is put back
 
     def __post_init__(self):
-        for name in ("num_images", "batch_size"):
-            if getattr(self, name) < 1:
-                raise errors.UserError(f"config.generate.{name}: {getattr(self, name)}; use at least 1")
-        if not 0 < self.mask_ratio <= 1:
-            raise errors.UserError(f"config.generate.mask_ratio: {self.mask_ratio}; use a fraction above 0, at most 1")
-        if self.images == "" and self.mask_ratio != 1.0:
-            raise errors.UserError("config.generate.mask_ratio below 1 needs config.generate.images, a folder to start from")
+        for name, least in (("num_images", 1), ("batch_size", 1), ("variants", 1), ("feather", 0), ("strips", 0)):
+            if getattr(self, name) < least:
+                raise errors.UserError(f"config.generate.{name}: {getattr(self, name)}; use at least {least}")
+        if not 0 <= self.mask_ratio <= 1:
+            raise errors.UserError(f"config.generate.mask_ratio: {self.mask_ratio}; use a fraction from 0 to 1")
+        changed = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default}
+        given = changed & {"masks", "margins", "whole"}
+        for name in ("mask_ratio", "masks", "margins", "whole", "variants", "feather"):
+            if name in changed and not self.images:
+                raise errors.UserError(f"config.generate.{name} needs config.generate.images, a folder to start from")
+        if given and self.mask_ratio < 1:
+            raise errors.UserError("config.generate.mask_ratio: what is drawn anew is already said by masks, margins or whole")
+        if self.images and not given and self.mask_ratio == 1:
+            raise errors.UserError("config.generate.images needs what is drawn anew: mask_ratio below 1, masks, margins or whole")
+        if self.feather and not given:
+            raise errors.UserError("config.generate.feather needs masks, margins or whole: elsewhere no own pixels are left")
 
 
-def generate(program, config: Config, workdir: str) -> None:
-    """Write `<output>/images/000000.png` and so on, `samples.npz`, `grid.png` and `strip.png`."""
+def make_starts(program, config: Config):
+    """Raises UserError for a task that draws no images, and for own images that do not fit."""
     task = program.task
     if not hasattr(task, "nets"):
         raise errors.UserError(f"config.task: {program.config.task} draws no images; generate with addp or token_predictor")
-    output = config.output or os.path.join(workdir, "generated")
-    os.makedirs(os.path.join(output, "images"), exist_ok=True)
-    with jax.set_mesh(program.mesh):
-        params, frozen = evaluate.load(program, workdir)
-        params = gather(program)(params)
-        starts = Starts(config, task.config.tokenizer.image_size)
-        sample = jax.jit(samplers.per_device(task, config.mask_ratio, program.mesh))
-        size = batch_size(config, program.mesh)
-        progress = writers.Progress(len(starts), 0, unit="image")
-        for first in range(0, len(starts), size):
-            images = sample((params, frozen), starts.batch(first, size))
-            write_images(output, first, np.asarray(images)[: len(starts) - first])
-            progress.update(min(first + size, len(starts)))
-        progress.close()
-        strips = film_strips(task, params, frozen, starts, config)
-    collect(output, len(starts), strips)
+    if not config.images:
+        return starts.FromNothing(config)
+    return starts.FromImages(config, task.image_size, round(task.config.net.length**0.5))
 
 
-def gather(program):
-    """Jitted `params -> params`, whole on every device: each samples on its own."""
-    return jax.jit(lambda params: evaluate.compact(program, params), out_shardings=partition.replicated(program.mesh))
+def make_draw(program, start, seed: int, frames: bool = False):
+    """Jitted `((params, frozen), batch) -> uint8 [B,H,W,3]`, or [B,<=T,H,W,3], the images after each step.
 
-
-def batch_size(config: Config, mesh) -> int:
-    """`config.batch_size`, or a little more: as many images on each device."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    return -(-config.batch_size // shards) * shards
-
-
-class Starts:
-    """What each image starts from: its own key and, where given, the user's image."""
-
-    def __init__(self, config: Config, size: int):
-        self.config, self.size = config, size
-        self.source = sources.open_folder(config.images, "config.generate.images") if config.images else None
-        self.to_size = transforms.eval_image(size)
-
-    def __len__(self) -> int:
-        return self.config.num_images if self.source is None else min(self.config.num_images, len(self.source))
-
-    def batch(self, first: int, count: int):
-        """`(keys [n], images float32 [n,S,S,3])` of images `first`...; the last batch is padded by repeating."""
-        index = np.minimum(np.arange(first, first + count), len(self) - 1)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.config.seed), index)
-        images = np.zeros((count, self.size, self.size, 3), np.float32)
-        if self.source is not None:
-            rng = np.random.default_rng(0)
-            images = np.stack([self.to_size(self.source[int(i)], rng)["image"] for i in index]) / np.float32(255)
-        return keys, images
-
-
-def film_strips(task, params, frozen, starts: Starts, config: Config):
-    """For the first `strips` images, uint8 `[n,<=1+T,H,W,3]`: the user's image, if any, then the image after each step.
-
-    None when no strips are wanted.
+    Each device draws its own images. batch: see `starts.FromNothing.batch`.
     """
-    count = min(config.strips, len(starts))
-    if not count:
+    task, size = program.task, program.task.image_size
+
+    def run(nets_params, batch):
+        nets = task.nets(*nets_params)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), batch["number"])
+        image = batch["image"].astype(jnp.float32) / 255 if "image" in batch else jnp.zeros((len(keys), size, size, 3))
+        if start.mask_ratio == 0:
+            done = samplers.to_uint8(samplers.reconstruct(nets, image))
+            return done[:, None] if frames else done
+        given = "mask" in batch
+        carry = samplers.start_with(nets, image, batch["mask"]) if given else samplers.start(nets, keys, image, start.mask_ratio)
+        keep = (lambda carry: samplers.to_uint8(carry.image)) if frames else None
+        carry, kept = samplers.sample(
+            task.sampler, task.sampler_config, nets, keys, carry, start.mask_ratio, start.fewest, keep
+        )  # fmt: skip
+        return kept.swapaxes(0, 1) if frames else samplers.to_uint8(carry.image)
+
+    return jax.jit(partition.per_device(run, program.mesh))
+
+
+def batch_size(wanted: int, mesh) -> int:
+    """`wanted`, or a little more: as many images on each device."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-wanted // shards) * shards
+
+
+def padded(numbers, size: int):
+    """`numbers`, the last repeated, up to `size`."""
+    return np.pad(numbers, (0, size - len(numbers)), "edge")
+
+
+def generate(program, config: Config, workdir: str) -> None:
+    """Write `<output>/images/*.png`, `samples.npz`, `grid.png`, `strip.png`, `steps.gif`, and of own images `edits.png`.
+
+    Images that are there already are not drawn again. Raises UserError when all is written, if own images were unreadable.
+    """
+    start = make_starts(program, config)
+    with jax.set_mesh(program.mesh), contextlib.ExitStack() as stack:
+        params, frozen = evaluate.read(program, workdir)
+        settings = describe(program, config, start, params, frozen)
+        nets_params = evaluate.place(program, params), evaluate.place(program, frozen)
+        first = jax.process_index() == 0  # it alone writes
+        output = config.output or os.path.join(workdir, "generated")
+        folder = stack.enter_context(sample_folder.SampleFolder(output, settings)) if first else None
+        draw_missing(program, config, start, nets_params, folder)
+        strips = film_strips(program, config, start, nets_params)
+        if folder:
+            collect(folder, start, program.task.image_size, strips)
+    if start.skipped:
+        files = "; ".join(f"{path} ({reason})" for path, reason in start.skipped.items())
+        raise errors.UserError(f"config.generate.images: {len(start.skipped)} of {len(start.own)} files skipped: {files}")
+
+
+def describe(program, config: Config, start, params, frozen) -> dict:
+    """Everything that an image depends on besides its number: equal settings give equal images."""
+    sampler = dataclasses.asdict(program.task.sampler_config)
+    return {
+        "task": program.config.task,
+        "seed": config.seed,
+        **{f"sampler.{name}": value for name, value in sampler.items()},
+        **{f"weights of {name}": parameters.content_hash(tree) for name, tree in (params | frozen).items()},
+        **start.settings(),
+    }
+
+
+def draw_missing(program, config: Config, start, nets_params, folder) -> None:
+    """Draw what `folder` lacks. Every process takes part in every batch; the one that has the `folder` writes.
+
+    Batches begin at the same numbers however often the run was stopped, so that the same program sees the same rows.
+    """
+    names = [start.name(i) for i in range(len(start))]
+    missing = processes.from_first(folder.missing(names) if folder else np.zeros(len(names), bool))
+    done, waiting = int((~missing).sum()), None
+    progress = writers.Progress(len(names), done, unit="image", enabled=folder is not None)
+    draw, size = make_draw(program, start, config.seed), batch_size(config.batch_size, program.mesh)
+    for first in range(0, len(names), size):
+        numbers = np.arange(first, min(first + size, len(names)))
+        if not missing[numbers].any():
+            continue
+        batch = start.batch(padded(numbers, size))
+        wanted = [row for row, i in enumerate(numbers) if missing[i] and start.readable(i)]
+        if not wanted:
+            continue
+        images = draw(nets_params, partition.put(batch, partition.batch_sharding(program.mesh)))
+        if waiting:
+            hand_over(folder, start, *waiting)  # while the devices draw the batch after it
+        waiting = wanted, batch, images
+        done += len(wanted)
+        progress.update(done)
+    if waiting:
+        hand_over(folder, start, *waiting)
+    progress.close()
+
+
+def hand_over(folder, start, rows, batch, images) -> None:
+    """Have `folder` write these rows of a batch: it encodes them while this process goes on."""
+    images = partition.whole(images)
+    if folder is None:
+        return
+    folder.wait(allowed=len(images))  # so memory stays bounded
+    for row in rows:
+        i = int(batch["number"][row])
+        folder.write(start.name(i), functools.partial(start.finished, i, images[row], batch, row))
+
+
+def film_strips(program, config: Config, start, nets_params):
+    """For the first `strips` images, uint8 [n,?,H,W,3]: the own image and what is hidden of it, if any, and the image after
+    each step, at most GIF_FRAMES of them. None when no strips are wanted."""
+    numbers = [i for i in range(len(start)) if start.readable(i)][: config.strips]
+    if not numbers:
         return None
-
-    @jax.jit
-    def run(params, frozen, keys, images):
-        nets = task.nets(params, frozen)
-        carry = samplers.start(nets, keys, images, config.mask_ratio)
-        _, frames = samplers.sample(task.sampler, task.sampler_config, nets, keys, carry, config.mask_ratio, keep_frames=True)
-        if config.images:
-            frames = jnp.concatenate([images[None], frames])
-        return samplers.to_uint8(frames.swapaxes(0, 1))
-
-    return np.asarray(run(params, frozen, *starts.batch(0, count)))
+    batch = start.batch(padded(numbers, batch_size(len(numbers), program.mesh)))
+    draw = make_draw(program, start, config.seed, frames=True)
+    frames = partition.whole(draw(nets_params, partition.put(batch, partition.batch_sharding(program.mesh))))
+    frames = frames[:, spread(frames.shape[1], GIF_FRAMES)]
+    return np.stack([
+        np.stack([*start.before(batch, row), *start.finished(i, frames[row], batch, row)]) for row, i in enumerate(numbers)
+    ])  # fmt: skip
 
 
-def write_images(output: str, first: int, images: np.ndarray) -> None:
-    for index, image in enumerate(images, first):
-        Image.fromarray(image).save(os.path.join(output, "images", f"{index:06d}.png"))
+def spread(count: int, most: int):
+    """At most `most` of 0..count-1, evenly, the last one among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 
-def collect(output: str, count: int, strips) -> None:
-    """From the written PNGs: `samples.npz` (`arr_0` uint8 [N,H,W,3], as ADM's evaluation reads), `grid.png`, `strip.png`."""
-    paths = [os.path.join(output, "images", f"{index:06d}.png") for index in range(count)]
-    images = np.stack([np.asarray(Image.open(path)) for path in paths])
-    np.savez(os.path.join(output, "samples.npz"), arr_0=images)
-    columns = min(8, int(np.ceil(np.sqrt(count))))
-    pictures = {"grid": writers.grid(images[: columns * columns], columns=columns)}
+def collect(folder, start, size: int, strips) -> None:
+    """The pictures, and `samples.npz`, from the images in the folder."""
+    folder.wait()
+    names = {i: start.name(i) for i in range(len(start)) if start.readable(i)}
+    columns = min(8, math.ceil(math.sqrt(len(names))))
+    shown = np.stack(list(folder.read(list(names.values())[: columns**2])))
+    pictures = {"grid": writers.grid(shown, columns)}
     if strips is not None:
-        pictures["strip"] = writers.grid(strips.reshape(-1, *strips.shape[2:]), columns=strips.shape[1])
-    for path in writers.save_pictures(output, pictures):
+        frames = strips[:, spread(strips.shape[1], STRIP_COLUMNS)]
+        pictures["strip"] = writers.grid(frames.reshape(-1, *frames.shape[2:]), frames.shape[1])
+    if hasattr(start, "own"):
+        pictures["edits"] = edits(folder, start)
+    for path in writers.save_pictures(folder.path, pictures):
         print(path)
-    print(os.path.join(output, "samples.npz"))
+    if strips is not None:
+        squares = math.ceil(math.sqrt(len(strips)))
+        frames = np.stack([writers.grid(images, squares) for images in strips.swapaxes(0, 1)])
+        print(writers.save_gif(folder.path / "steps.gif", frames))
+    print(folder.write_npz(list(names.values()), (size, size, 3)))
+
+
+def edits(folder, start):
+    """A row for each of the first own images: as it was, what was hidden of it, its results."""
+    files, variants = EDITS
+    chosen = [i for i in range(len(start.own)) if start.readable(i)][:files]
+    results = range(min(variants, len(start) // len(start.own)))
+    batch = start.batch(chosen)
+    rows = [
+        [*start.before(batch, row), *folder.read([start.name(i + variant * len(start.own)) for variant in results])]
+        for row, i in enumerate(chosen)
+    ]
+    return writers.grid(np.stack([picture for row in rows for picture in row]), len(rows[0]))

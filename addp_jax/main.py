@@ -15,7 +15,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: checkpoints,
 NOMINAL_STEPS = 1000  # of an epoch, where nothing is trained and the training split is not opened
 CONVERSIONS = ("import", "export")  # modes without a config
 MODES = ["train", "evaluate", "generate", "predict", "features", "robustness", "benchmark", "plan", *CONVERSIONS]
-MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do")
+MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do; configs/base.py says what every field of config.MODE means")
 WEIGHTS = flags.DEFINE_multi_string(
     "weights", [], "import: weight file; export: run folder or file with a network that --workdir lacks. May be repeated"
 )
@@ -79,7 +79,7 @@ def run() -> None:
 
 
 def run_mode(config) -> None:
-    from addp_jax import benchmark, evaluate, generate, predict, robustness, schema, train
+    from addp_jax import benchmark, evaluate, generate, predict, robustness, schema, sweep, train
 
     if MODE.value == "benchmark":
         return benchmark.benchmark(config)
@@ -97,7 +97,9 @@ def run_mode(config) -> None:
     if MODE.value == "robustness":
         settings = schema.build(robustness.Config, config.robustness, "config.robustness")
         return robustness.robustness(program, settings, WORKDIR.value)
-    return generate.generate(program, schema.build(generate.Config, config.generate, "config.generate"), WORKDIR.value)
+    settings = schema.build(generate.Config, config.generate, "config.generate")
+    draw = sweep.sweep if settings.sweep else generate.generate
+    return draw(program, settings, WORKDIR.value)
 
 
 def main(argv) -> None:

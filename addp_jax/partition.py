@@ -113,6 +113,21 @@ def constrain(array: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(array, layout)
 
 
+def one_by_one(function, batch):
+    """`function(batch)`, [B,...] -> [B,...], on CPUs an example at a time: a convolutional network's activations are
+    larger than the cache, and then fewer of them leave it. Not for a batch divided among devices: a loop would gather it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    divided = mesh.size > 1 and not all(kind == AxisType.Manual for kind in mesh.axis_types)
+    if divided or len(batch) == 1:
+        return function(batch)
+
+    def loop(batch):
+        return jax.lax.map(lambda example: function(example[None])[0], batch)
+
+    return jax.lax.platform_dependent(batch, cpu=loop, default=function)
+
+
 def path_name(path) -> str:
     """A pytree path as `encoder/blocks/block/mlp/fc1/kernel`."""
     return "/".join(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)

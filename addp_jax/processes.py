@@ -79,6 +79,11 @@ def agreed(flag: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.asarray(flag))))
 
 
+def from_first(array) -> np.ndarray:
+    """The first process's array, in every process; all of them must call it."""
+    return np.asarray(multihost_utils.broadcast_one_to_all(array)) if jax.process_count() > 1 else array
+
+
 class Interrupt:
     """While entered, SIGTERM asks the loop to save and stop instead of killing the process.
 

@@ -169,7 +169,7 @@ def build(config: Config, num_train: int = 0, mesh=None) -> Run:
     schedule = optim.schedule(config.optim, run, config.batch_size)
     optimizer = optim.build(config.optim, schedule)
     init = make_init(task, optimizer, config)
-    with jax.set_mesh(mesh):  # whose devices may exist for the compiler only: the key, too, is traced
+    with jax.set_mesh(mesh):  # whose devices may exist in a plan only: nothing is computed, the key neither
         shapes = jax.eval_shape(lambda: init(jax.random.key(config.seed)))
     layout = partition.shardings(shapes, mesh)
     everywhere = partition.replicated(mesh)
@@ -213,6 +213,7 @@ def train(config: Config, workdir: str) -> None:
             log.close()
     if interrupt.requested and int(state.step) < run.length.total:
         print(f"stopped by a signal at step {int(state.step)}; the same command goes on from there")
+        processes.agreed(True)  # the first one may still be writing
         raise SystemExit(128 + signal.SIGTERM)
 
 

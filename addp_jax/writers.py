@@ -33,6 +33,7 @@ FLUSH_SECONDS = 10.0  # the most that a kill takes from the TensorBoard events
 HISTOGRAM_BINS = 64
 RATE_WINDOW = 20  # drawn lines over which steps/s is measured
 CAPTION_HEIGHT = 16
+GIF_SECONDS = 3.0  # of a film, before it rests
 NUMBERED_CLASSES = 20  # at most so many get their numbers written into the confusion picture
 
 
@@ -133,6 +134,14 @@ def save_pictures(folder, images):
         paths[name].parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(_to_uint8(image)).save(paths[name])
     return list(paths.values())
+
+
+def save_gif(path, frames):
+    """Frames [T,h,w,3] uint8 as an endless film that rests on the last one; returns the path."""
+    pictures = [Image.fromarray(frame) for frame in frames]
+    durations = [round(1000 * GIF_SECONDS / len(pictures))] * (len(pictures) - 1) + [round(500 * GIF_SECONDS)]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    return pathlib.Path(path)
 
 
 def grid(images, columns, pad=2):

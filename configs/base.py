@@ -73,13 +73,19 @@ def modes():
     """What --mode=generate, predict, features and robustness read; no training depends on it."""
     return dict(
         generate=dict(
-            num_images=64,
-            batch_size=64,
+            num_images=64,  # from nothing; of own images: all
+            batch_size=64,  # over all devices
             seed=0,
-            output="",  # folder; "" = WORKDIR/generated
-            images="",  # folder of own images to start from; "" = from nothing
-            mask_ratio=1.0,  # tokens of an own image that are drawn anew
+            output="",  # folder; "" = WORKDIR/generated, of a sweep WORKDIR/sweep. It goes on where it was stopped
             strips=4,  # film strips of the denoising steps
+            sweep="",  # draw the first images with each of these settings of the sampler: "steps=8,20;temperature=1,6"
+            images="",  # folder of own images to edit; "" = from nothing. What of them is drawn anew, one of:
+            mask_ratio=1.0,  # this share of the tokens, at random places; 0 = none, the tokenizer's reconstruction
+            masks="",  # what is white in the mask of the same name in this folder, or in this one file for all
+            margins=(0.0, 0.0, 0.0, 0.0),  # bands left, above, right, below the image; fractions of the canvas
+            whole=False,  # the bands around an image that is shrunk, not cropped, until it fits; margins beyond these
+            variants=1,  # results per own image
+            feather=0,  # pixels; above 0 the own pixels come back outside what was drawn anew, blended over so many
         ),
         predict=dict(  # --mode=predict and --mode=features
             images="",  # folder of own images
@@ -212,6 +218,19 @@ def tokenizer_task(net):
     )
 
 
+def sampler():
+    """How images are drawn; read by --mode=generate, and by evaluations."""
+    return dict(
+        steps=20,  # T
+        schedule="cosine",  # how the masked tokens become fewer, r the share of the steps done:
+        # cosine: cos(pi/2 r) | linear: 1 - r | sqrt: 1 - sqrt(r) | constant: L^-r, the same share of what is left per step
+        temperature=6.0,  # of the noise on the confidence
+        annealed=True,  # to 0; False = constant
+        top_p=1.0,  # nucleus of the token draw
+        top_k=0,  # codes that are drawn from; 0 = all
+    )
+
+
 def predictor_task(net, tokenizer):
     """`config.model` of the task `token_predictor` (MAGE's main_pretrain.py)."""
     return dict(
@@ -223,7 +242,7 @@ def predictor_task(net, tokenizer):
         mask_mean=0.55,
         mask_std=0.25,
         label_smoothing=0.1,
-        sampler=dict(steps=20, schedule="cosine", temperature=6.0),  # MAGE: gen_img_uncond.py
+        sampler=sampler(),  # MAGE: gen_img_uncond.py
         num_samples=16,  # in the evaluation's picture
     )
 
@@ -246,13 +265,7 @@ def addp_task(net, predictor, tokenizer):
         ),
         teacher_dropout=False,  # True: as in the released training
         label_smoothing=0.1,
-        sampler=dict(
-            steps=20,  # T
-            schedule="cosine",  # cosine | linear
-            temperature=6.0,  # of the noise on the confidence
-            annealed=True,  # to 0; False = constant
-            top_p=1.0,  # nucleus of the token draw
-        ),
+        sampler=sampler(),
         num_samples=16,
     )
 

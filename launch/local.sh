@@ -39,7 +39,7 @@ while [ ${#pids[@]} -gt 0 ]; do
         if kill -0 "${pids[i]}" 2>/dev/null; then continue; fi
         ended=0
         wait "${pids[i]}" || ended=$?
-        [ $ended -ge 0 ] || ended=1 # bash has been seen to say -1 when a signal came at the same time
+        [ $ended -ge 0 ] || ended=1 # bash has been seen to say -1
         unset "pids[i]"
         [ $ended -ne 0 ] || continue
         [ $status -ne 0 ] || deadline=$((SECONDS + GRACE))
@@ -49,7 +49,7 @@ while [ ${#pids[@]} -gt 0 ]; do
     done
     if [ $status -ne 0 ] && [ $SECONDS -ge "$deadline" ]; then kill -KILL "${pids[@]}" 2>/dev/null || true; fi
     sleep 0.5 &
-    wait $! || true # a signal ends this wait, not a plain sleep
+    wait $! 2>/dev/null || true # a signal ends this wait, not a plain sleep; bash would print the whole command of a killed process
 done
 case $status in 0 | 2 | 143) ;; *) echo "the same command goes on from the newest checkpoint" >&2 ;; esac
 exit $status

@@ -3,4 +3,4 @@
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 . "$(dirname "$0")/setup.sh"
-exec python -m pytest tests "$@"
+exec python -m pytest tests --numprocesses=2 --dist=loadfile "$@"

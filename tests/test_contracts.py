@@ -15,23 +15,14 @@ DEMO = [name for name in programs.names() if name.startswith("demo")]
 REAL = [name for name in programs.names() if name not in DEMO]
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """Work directories of the three tiny stages, trained once."""
-    root = tmp_path_factory.mktemp("trained")
-    train.train(programs.config("demo_tokenizer"), str(root / "tokenizer"))
-    weights = {"model__tokenizer_weights": str(root / "tokenizer")}
-    train.train(programs.config("demo_predictor", **weights), str(root / "predictor"))
-    weights["model__predictor_weights"] = str(root / "predictor")
-    train.train(programs.config("demo_addp", **weights), str(root / "addp"))
-    return root
-
-
 def weights_for(name, trained) -> dict:
     """The fields of a config that name folders, pointed at the trained runs."""
     model = programs.fields(name).model
     found = {"tokenizer_weights": "tokenizer", "predictor_weights": "predictor", "encoder_weights": "addp", "cache": "features"}
     return {f"model__{field}": str(trained / run) for field, run in found.items() if field in model}
+
+
+FILES = ["grid.png", "images", "samples.npz", "settings.json", "steps.gif", "strip.png"]
 
 
 def leaves(path):
@@ -121,7 +112,7 @@ def test_generation_writes_its_files_and_depends_on_the_seed_alone(name, trained
         settings = generate.Config(num_images=5, batch_size=batch_size, seed=seed, output=str(tmp_path / label), strips=2)
         generate.generate(program, settings, str(tmp_path / "run"))
         found[label] = np.load(tmp_path / label / "samples.npz")["arr_0"]
-        assert sorted(file.name for file in (tmp_path / label).iterdir()) == ["grid.png", "images", "samples.npz", "strip.png"]
+        assert sorted(file.name for file in (tmp_path / label).iterdir()) == FILES
     assert found["a"].shape == (5, 16, 16, 3) and found["a"].dtype == np.uint8
     # Another batch size may flip a token where two are level within float noise; not in most images.
     assert (found["a"] == found["b"]).all(axis=(1, 2, 3)).mean() >= 0.8
@@ -152,6 +143,7 @@ def test_sampler_keeps_its_contract(name):
     parts = module.segments(config, 16, 1.0)
     steps = np.concatenate([at.step for _, at in parts])
     assert np.all(np.diff(steps) == 1) and steps[-1] == config.steps - 1
+    assert {at.num_masked.shape[1:] for _, at in module.segments(config, 16, 1.0, fewest=9)} == {(17,)}
     assert callable(module.step)
 
 
@@ -176,6 +168,6 @@ def test_the_chain_runs_on_a_folder_of_jpegs_of_mixed_sizes(tmp_path):
         config = programs.config(name, **data, **weights)
         train.train(config, str(tmp_path / run))
         weights[f"model__{run}_weights"] = str(tmp_path / run)
-    settings = generate.Config(num_images=3, images=str(tmp_path / "photos"), mask_ratio=0.5, output=str(tmp_path / "out"))
+    settings = generate.Config(images=str(tmp_path / "photos"), mask_ratio=0.5, output=str(tmp_path / "out"))
     generate.generate(train.build(config, num_train=config.batch_size), settings, str(tmp_path / "addp"))
-    assert np.load(tmp_path / "out" / "samples.npz")["arr_0"].shape == (3, 16, 16, 3)
+    assert np.load(tmp_path / "out" / "samples.npz")["arr_0"].shape == (20, 16, 16, 3)

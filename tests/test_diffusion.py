@@ -211,6 +211,24 @@ def test_a_nucleus_is_the_fewest_most_probable_codes_that_reach_its_mass(top_p):
         assert row[keep].sum() >= top_p and (keep.sum() == 1 or row[keep].sum() - row[keep].min() < top_p)
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_so_many_most_probable_codes_are_kept_and_all_where_none_are_asked_for(top_k):
+    logits = random(3, 4, 5)
+    kept = np.isfinite(diffusion.keep_top(logits, top_k))
+    np.testing.assert_array_equal(np.argsort(np.argsort(-logits, axis=-1), axis=-1) < top_k, kept)
+    assert diffusion.keep_top(logits, 0) is diffusion.keep_top(logits, 5) is logits
+
+
+def test_schedules_reveal_tokens_as_they_say():
+    left = {name: np.array([100, *diffusion.sampling_num_masked(name, 10, 100)]) for name in diffusion.SCHEDULES}
+    revealed = {name: -np.diff(counts) for name, counts in left.items()}
+    assert (np.abs(revealed["linear"][:-1] - 10) <= 1).all()
+    assert (np.diff(revealed["cosine"][:-1]) >= 0).all() and (np.diff(revealed["sqrt"]) <= 1).all()
+    shares = left["constant"][1:6] / left["constant"][:5]
+    np.testing.assert_allclose(shares, 100**-0.1, atol=0.02)
+    assert all(diffusion.sampling_num_masked("constant", 8, length)[-1] == 1 for length in range(1, 300))
+
+
 def test_the_start_masks_what_the_ratio_says_and_never_less_than_the_first_step():
     assert [diffusion.start_num_masked(256, ratio) for ratio in (1.0, 0.5, 0.25)] == [256, 128, 64]
     for length in (16, 64, 256):

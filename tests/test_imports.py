@@ -13,13 +13,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = (
     {"main"},
     {"plan"},
-    {"compile_only"},
+    {"compile_only", "sweep"},
     {"generate", "predict", "robustness", "benchmark", "judge", "measure"},
     {"train"},
-    {"evaluate"},
+    {"evaluate", "starts"},
     {"tasks"},
     {"interop"},
-    {"models", "samplers", "metrics", "data", "optim", "checkpoint", "writers"},
+    {"models", "samplers", "metrics", "data", "optim", "checkpoint", "writers", "sample_folder"},
     {"diffusion", "flops", "hlo", "topologies", "partition", "processes", "ops", "parameters", "schema"},
     {"errors"},
 )

@@ -11,12 +11,13 @@ import numpy as np
 import programs
 import pytest
 
-from addp_jax import diffusion, partition, samplers, schema
+from addp_jax import diffusion, errors, partition, samplers, schema
 from addp_jax.models import pixel_to_token, tokenizer
 from addp_jax.samplers import alternating, token_only
 from addp_jax.tasks import addp
 
 ROUNDING = 1e-5
+MARGIN = 1e-4  # of logits
 LENGTH, CODES = 16, 8
 RUNS = {
     "cosine": (alternating, alternating.Config(6), 1.0),
@@ -67,25 +68,18 @@ def history(name) -> History:
     sampler, config, mask_ratio = RUNS[name]
     nets, keys = stand_ins(), jax.random.split(jax.random.key(5), 8)[:3]
 
-    def record(carry):
-        parts = (carry.image.reshape(3, LENGTH, 3), carry.mask[..., None], carry.token_ids[..., None])
-        return carry._replace(image=jnp.concatenate([part.astype(jnp.float32) for part in parts], -1))
-
-    def step(nets, config, static, carry, at, noise):
-        return record(sampler.step(nets, config, static, carry._replace(image=carry.image[..., :3]), at, noise))
-
     @jit
     def run(keys):
-        start = record(samplers.start(nets, keys, images(3), mask_ratio))
-        recorder = types.SimpleNamespace(segments=sampler.segments, step=step)
-        end, frames = samplers.sample(recorder, config, nets, keys, start, mask_ratio, keep_frames=True)
-        return start.image, frames, end.image
+        start = samplers.start(nets, keys, images(3), mask_ratio)
+        return start, *samplers.sample(sampler, config, nets, keys, start, mask_ratio, keep=lambda carry: carry)
 
-    start, frames, end = (np.asarray(array) for array in run(keys))
-    np.testing.assert_array_equal(frames[-1], end)
-    tokens = np.concatenate([start[None], frames])[..., 3:].astype(int)
+    start, end, kept = run(keys)
+    np.testing.assert_array_equal(kept.image[-1], end.image)
+    masks, token_ids = (
+        np.concatenate([getattr(start, name)[None], getattr(kept, name)]) for name in ("mask", "token_ids")
+    )
     plan = [(static, int(number)) for static, at in sampler.segments(config, LENGTH, mask_ratio) for number in at.step]
-    return History(frames[..., :3], tokens[..., 0] > 0, tokens[..., 1], plan)
+    return History(np.asarray(kept.image).reshape(-1, 3, LENGTH, 3), masks, token_ids, plan)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -186,6 +180,69 @@ def test_a_start_from_nothing_ignores_the_image():
     np.testing.assert_array_equal(run(images(3)), run(1 - images(3)))
 
 
+OWN_MASKS = np.arange(LENGTH) >= LENGTH - np.array([[3], [16], [9]])  # 3, 16 and 9 unknown tokens
+
+
+@functools.cache
+def given(sampler, config, fewest, rows=(0, 1, 2)):
+    """`(carry after each step, end)` of images that bring their own masks."""
+    keys, image = jax.random.split(jax.random.key(5), 8)[:3], images(3)
+
+    @jit
+    def run(keys, image, mask):
+        start = samplers.start_with(stand_ins(), image, mask)
+        return samplers.sample(sampler, config, stand_ins(), keys, start, 1.0, fewest, keep=lambda carry: carry)
+
+    end, kept = run(keys[list(rows),], image[list(rows),], OWN_MASKS[list(rows)])
+    return kept, end
+
+
+@pytest.mark.parametrize("sampler", [alternating, token_only])
+def test_of_given_masks_each_image_follows_its_own_schedule_and_keeps_its_known_tokens(sampler):
+    config = samplers.Config(5)
+    kept, end = given(sampler, config, 3)
+    for row, unknown in enumerate(OWN_MASKS.sum(-1)):
+        if sampler is alternating:
+            expected = diffusion.sampling_num_masked("cosine", 5, unknown)
+        else:
+            expected = token_only.num_masked_after(config, unknown)
+        assert kept.mask[:, row].sum(-1).tolist() == expected.tolist()
+    known = ~OWN_MASKS
+    assert not np.asarray(kept.mask)[:, known].any()
+    np.testing.assert_array_equal(end.token_ids[known], stand_ins().encode(images(3))[known])
+    capacities = [static for static, _ in sampler.segments(config, LENGTH, 1.0, 3)]
+    assert sampler is token_only or (capacities == sorted(capacities) and capacities[0] >= LENGTH - 3)
+
+
+def test_an_image_of_a_given_mask_does_not_depend_on_the_masks_beside_it():
+    (_, three), (_, alone) = given(alternating, samplers.Config(5), 3), given(alternating, samplers.Config(5), 9, (2,))
+    np.testing.assert_array_equal(three.token_ids[2], alone.token_ids[0])
+    np.testing.assert_allclose(three.image[2], alone.image[0], atol=ROUNDING)
+
+
+def test_the_pixels_under_a_given_mask_are_hidden():
+    mask = OWN_MASKS[:1]
+    start = jit(functools.partial(samplers.start_with, stand_ins()))
+    other = jnp.where(mask.reshape(1, 4, 4, 1), 0.5, images(1))
+    np.testing.assert_array_equal(start(images(1), mask).image, start(other, mask).image)
+    assert (start(images(1), ~mask).image != start(other, ~mask).image).any()
+
+
+def test_of_a_power_of_two_tokens_the_schedule_of_a_mask_ratio_is_that_of_its_number_of_unknown_tokens():
+    for schedule in diffusion.SCHEDULES.keys() - {"constant"}:  # it counts the tokens
+        for unknown in (1, 3, 8, 11, 16):
+            expected = diffusion.sampling_num_masked(schedule, 7, 16, unknown / 16)
+            np.testing.assert_array_equal(diffusion.num_masked_by_start(schedule, 7, 16)[:, unknown], expected)
+
+
+@pytest.mark.parametrize(
+    "field, value", [("steps", 0), ("schedule", "cubic"), ("temperature", -1.0), ("top_p", 0.0), ("top_k", -1)]
+)
+def test_a_choice_that_no_sampler_can_use_names_its_field(field, value):
+    with pytest.raises(errors.UserError, match=f"config.model.sampler.{field}: {value!r}"):
+        samplers.Config(**{field: value})
+
+
 def test_each_step_has_its_own_noise_and_so_has_each_image():
     draw = jit(samplers.draw_noise, static_argnums=(2, 3))
     keys = jax.random.split(jax.random.key(0), 2)
@@ -229,6 +286,32 @@ def test_with_everything_masked_one_row_of_logits_serves_all_and_no_pixel_is_rea
     predict = jit(lambda nets_of, *case: task.nets(*nets_of).predict(*case), static_argnums=4)
     shared, full = (predict((params, frozen), images(3, 16), token_ids, masked, capacity) for capacity in (0, 5))
     np.testing.assert_allclose(shared, full, atol=ROUNDING)
+
+
+def every_step(config, length, mask_ratio, fewest):
+    """`alternating.segments` without its savings: all steps, also those that reveal nothing, in one scan, with room for all."""
+    counts = diffusion.sampling_num_masked(config.schedule, config.steps, length, mask_ratio)
+    noise = diffusion.annealing(config.temperature, config.steps, config.annealed)
+    return [(length, alternating.At(np.arange(config.steps), counts, noise))]
+
+
+def test_what_saves_work_changes_nothing_nor_does_the_batch():
+    """Segments, their capacities and the shared first steps, in a batch of 7; without them in a batch of 3. Logits that
+    differ by much more than float noise lead to the same tokens, so no choice is a close one."""
+    task, params, frozen = tiny()
+    nets, keys, config = task.nets(*jax.tree.map(jnp.asarray, (params, frozen))), jax.random.split(jax.random.key(3), 7), samplers.Config(8)
+
+    def run(sampler, nets, count):
+        start = samplers.start(nets, keys[:count], jnp.zeros((count, 16, 16, 3)), 1.0)
+        return jit(lambda start: samplers.sample(sampler, config, nets, keys[:count], start, 1.0)[0])(start)
+
+    ripple = MARGIN * jnp.cos(jnp.arange(32.0))
+    disturbed = nets._replace(predict=lambda *case: nets.predict(*case) + ripple[None, None])
+    saving = run(alternating, nets, 7)
+    plain = run(types.SimpleNamespace(segments=every_step, step=alternating.step), disturbed, 3)
+    assert len(alternating.segments(config, LENGTH, 1.0)) == 4 and alternating.segments(config, LENGTH, 1.0)[0][0] == 0
+    np.testing.assert_array_equal(saving.token_ids[:3], plain.token_ids)
+    np.testing.assert_allclose(saving.image[:3], plain.image, atol=100 * MARGIN)
 
 
 def test_eight_devices_make_the_images_of_one():

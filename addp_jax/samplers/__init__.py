@@ -2,7 +2,7 @@
 
 A sampler file has a frozen, hashable `Config` and two functions:
 
-    segments(config, length, mask_ratio) -> [(static, at), ...]   numpy schedules, made before tracing;
+    segments(config, length, mask_ratio, fewest) -> [(static, at), ...]   numpy schedules, made before tracing;
                                      `static` is compiled in, `at` holds arrays with a leading step axis
     step(nets, config, static, carry, at, noise) -> carry         one step, deterministic given its noise
 
@@ -12,6 +12,7 @@ the batch it is in.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Callable, NamedTuple
 
 import jax
@@ -44,12 +45,33 @@ class Carry(NamedTuple):
     mask: jax.Array  # bool [B,L], True = still unknown
 
 
-def check_schedule(schedule: str, steps: int) -> None:
-    """Raises UserError unless `diffusion` knows the schedule and there is a step."""
-    if schedule not in diffusion.SCHEDULES:
-        raise errors.UserError(f"config.model.sampler.schedule: {schedule!r}; use {' or '.join(diffusion.SCHEDULES)}")
-    if steps < 1:
-        raise errors.UserError(f"config.model.sampler.steps: {steps}; use at least 1")
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How tokens are drawn. Raises UserError, naming the field, on a value that no sampler can use."""
+
+    steps: int = 20  # T
+    schedule: str = "cosine"  # a name of diffusion.SCHEDULES: how the number of masked tokens falls
+    temperature: float = 6.0  # of the noise on the confidence
+    annealed: bool = True  # temperature falls linearly to 0 (the release's "dynamic"); else constant
+    top_p: float = 1.0  # nucleus of the token draw; 1 = all codes
+    top_k: int = 0  # most probable codes that are drawn from, before the nucleus; 0 = all codes
+
+    def __post_init__(self):
+        known = ", ".join(diffusion.SCHEDULES)
+        for name, good, advice in (
+            ("steps", self.steps >= 1, "use at least 1"),
+            ("schedule", self.schedule in diffusion.SCHEDULES, f"use one of {known}"),
+            ("temperature", self.temperature >= 0, "use at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "use a fraction above 0, at most 1"),
+            ("top_k", self.top_k >= 0, "use at least 1, or 0 for all codes"),
+        ):
+            if not good:
+                raise errors.UserError(f"config.model.sampler.{name}: {getattr(self, name)!r}; {advice}")
+
+
+def allowed(logits: jax.Array, config: Config) -> jax.Array:
+    """`logits` [B,L,K] with those of the codes that may not be drawn at -inf."""
+    return diffusion.keep_nucleus(diffusion.keep_top(logits, config.top_k), config.top_p)
 
 
 def draw_noise(keys: jax.Array, at_step: jax.Array, length: int, num_codes: int) -> Noise:
@@ -62,36 +84,59 @@ def draw_noise(keys: jax.Array, at_step: jax.Array, length: int, num_codes: int)
     return jax.vmap(one)(keys)
 
 
-def sample(sampler, config, nets: Nets, keys, carry: Carry, mask_ratio: float, keep_frames: bool = False):
+def sample(sampler, config, nets: Nets, keys, carry: Carry, mask_ratio: float, fewest: int | None = None, keep=None):
     """Run all steps. Call it under `jax.jit`: the whole loop is one program.
 
     Args:
       sampler: a sampler module.
       keys: typed PRNG keys `[B]`.
       carry: the start; each row of its mask has `diffusion.start_num_masked(L, mask_ratio)` True entries.
-      keep_frames: also return the image after each step that was run, `[<=T,B,H,W,3]`, else None.
+      fewest: each row has its own number of True entries instead, none fewer than this, and its own schedule: the
+        sampler's `num_masked` at a step is a table `[L+1]` over that number.
+      keep: what to keep of the carry after each step.
+    Returns:
+      the last carry, and what was kept, with a leading axis of the steps that were run, <=T; None without `keep`.
     """
     length, num_codes = carry.mask.shape[1], nets.codebook.shape[0]
-    frames = []
-    for static, at in sampler.segments(config, length, mask_ratio):
+    unknown, kept = carry.mask.sum(-1, keepdims=True), []
+    for static, at in sampler.segments(config, length, mask_ratio, fewest):
 
         def body(carry, at, static=static):
             noise = draw_noise(keys, at.step, length, num_codes)
+            at = at if fewest is None else at._replace(num_masked=at.num_masked[unknown])
             carry = sampler.step(nets, config, static, carry, at, noise)
-            return carry, carry.image if keep_frames else None
+            return carry, keep(carry) if keep else None
 
-        carry, images = jax.lax.scan(body, carry, jax.tree.map(jnp.asarray, at))
-        frames.append(images)
-    return carry, jnp.concatenate(frames) if keep_frames else None
+        carry, parts = jax.lax.scan(body, carry, jax.tree.map(jnp.asarray, at))
+        kept.append(parts)
+    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept) if keep else None
 
 
 def start(nets: Nets, keys, image, mask_ratio: float) -> Carry:
-    """The first carry: tokens of `image` [B,H,W,3], of which a random `mask_ratio` is hidden (1 = all, the image counts for nothing)."""
+    """The first carry: tokens of `image` [B,H,W,3], of which a random `mask_ratio` is hidden (1 = all, the image counts for nothing).
+
+    As in the release, the encoder sees the whole image in the first step.
+    """
     shape = jax.eval_shape(nets.encode, image).shape
     token_ids = nets.encode(image) if mask_ratio < 1 else jnp.zeros(shape, jnp.int32)
     num_masked = diffusion.start_num_masked(shape[1], mask_ratio)
     mask_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, jnp.uint32(2**32 - 1))  # steps use 0..T-1
     return Carry(image, token_ids, diffusion.draw_masks(mask_keys, shape[1], num_masked))
+
+
+def start_with(nets: Nets, image, mask) -> Carry:
+    """The first carry: tokens of `image` [B,H,W,3], of which `mask` [B,L] are hidden.
+
+    The pixels under the mask are hidden from the encoder as well: it sees what is expected there when nothing is known.
+    """
+    token_ids = nets.encode(image)
+    expected = jax.nn.softmax(nets.predict(image, token_ids, jnp.ones_like(mask), 0))
+    return Carry(nets.decode(diffusion.mix_latents(expected, token_ids, mask, nets.codebook)), token_ids, mask)
+
+
+def reconstruct(nets: Nets, image):
+    """Encode and decode: `image` [B,H,W,3] -> [B,H,W,3], not clipped."""
+    return nets.decode(nets.codebook[nets.encode(image)])
 
 
 def unconditional(task, count: int):

@@ -5,38 +5,27 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from addp_jax import diffusion, samplers
+from addp_jax import diffusion, partition, samplers
 from addp_jax.samplers import Carry, Nets, Noise
 
 MAX_SEGMENTS = 4  # the scan is cut where a smaller decoder capacity suffices; each cut is one more compilation
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Defaults are the release's."""
-
-    steps: int = 20  # T
-    schedule: str = "cosine"  # cosine | linear: how the number of masked tokens falls
-    temperature: float = 6.0  # of the noise on the confidence
-    annealed: bool = True  # temperature falls linearly to 0 (the release's "dynamic"); else constant
-    top_p: float = 1.0  # nucleus of the token draw; 1 = all codes
-
-    def __post_init__(self):
-        samplers.check_schedule(self.schedule, self.steps)
+Config = samplers.Config  # the release's defaults
 
 
 class At(NamedTuple):
     """The schedule at one step."""
 
     step: np.ndarray  # 0..T-1
-    num_masked: np.ndarray  # after the step
+    num_masked: np.ndarray  # after the step; see samplers.sample
     temperature: np.ndarray
 
 
@@ -44,7 +33,7 @@ def step(nets: Nets, config: Config, capacity: int, carry: Carry, at: At, noise:
     """One alternation. `capacity`: decoder slots for known tokens; 0 = everything is masked, the image is not read."""
     # pixels -> tokens
     logits = nets.predict(carry.image, carry.token_ids, carry.mask, capacity)
-    drawn = jnp.argmax(diffusion.keep_nucleus(logits, config.top_p) + noise.tokens, axis=-1)
+    drawn = jnp.argmax(samplers.allowed(logits, config) + noise.tokens, axis=-1)
     token_ids = jnp.where(carry.mask, drawn, carry.token_ids)
 
     # keep the most confident tokens
@@ -56,16 +45,20 @@ def step(nets: Nets, config: Config, capacity: int, carry: Carry, at: At, noise:
     return Carry(nets.decode(latents), token_ids, mask)
 
 
-def segments(config: Config, length: int, mask_ratio: float) -> list[tuple[int, At]]:
+def segments(config: Config, length: int, mask_ratio: float, fewest: int | None = None) -> list[tuple[int, At]]:
     """The steps, grouped by decoder capacity: `[(capacity, At with a leading step axis), ...]`.
 
     Leading steps after which everything is still masked leave no trace (their draws are made anew), so they are left out.
-    `mask_ratio`: of the start; 1 = nothing is known.
+    `mask_ratio`, `fewest`: of the start; see `samplers.sample`.
     """
-    after = diffusion.sampling_num_masked(config.schedule, config.steps, length, mask_ratio)
-    at = At(np.arange(config.steps), after, diffusion.annealing(config.temperature, config.steps, config.annealed))
-    before = np.concatenate([[diffusion.start_num_masked(length, mask_ratio)], after[:-1]])
-    known = length - before
+    if fewest is None:
+        after = counts = diffusion.sampling_num_masked(config.schedule, config.steps, length, mask_ratio)
+        fewest = diffusion.start_num_masked(length, mask_ratio)
+    else:
+        counts = diffusion.num_masked_by_start(config.schedule, config.steps, length)
+        after = counts[:, fewest]  # of the image of which most is known
+    at = At(np.arange(config.steps), counts, diffusion.annealing(config.temperature, config.steps, config.annealed))
+    known = length - np.concatenate([[fewest], after[:-1]])
     first = int(np.sum(after == length))
     at, known = At(*(entry[first:] for entry in at)), known[first:]
     groups = [part for part in np.array_split(np.flatnonzero(known), MAX_SEGMENTS - 1) if len(part)]
@@ -88,6 +81,7 @@ def bind(net, params, tokenizer, tokenizer_params) -> Nets:
         return tokenizer.apply({"params": tokenizer_params}, image, method=tokenizer.encode)
 
     def decode(latents):
-        return tokenizer.apply({"params": tokenizer_params}, latents, method=tokenizer.decode)
+        apply = functools.partial(tokenizer.apply, {"params": tokenizer_params}, method=tokenizer.decode)
+        return partition.one_by_one(apply, latents)
 
     return Nets(encode, predict, decode, tokenizer_params["codebook"])

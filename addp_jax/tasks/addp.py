@@ -89,14 +89,14 @@ class Task:
         if len(batch["image"]) % self.config.masks.group:
             raise errors.UserError(f"config.model.masks.group: does not divide config.batch_size={len(batch['image'])}")
         image = batch["image"].astype(jnp.float32) / 255
-        decode = functools.partial(self.tokenizer.apply, {"params": frozen["tokenizer"]}, method="decode")
+        apply = functools.partial(self.tokenizer.apply, {"params": frozen["tokenizer"]})
         codebook = frozen["tokenizer"]["codebook"]
 
-        token_ids = self.tokenizer.apply({"params": frozen["tokenizer"]}, image, method="encode")
+        token_ids = partition.one_by_one(functools.partial(apply, method="encode"), image)
         mask_t, mask_s = diffusion.draw_nested_masks(mask_key, self.config.masks, *token_ids.shape)
         teach = functools.partial(self._teach, frozen["token_predictor"], token_ids, train and self.config.teacher_dropout)
         latents, target = diffusion.corrupt(teach, token_ids, mask_t, mask_s, codebook, teacher_key)
-        corrupted = decode(latents)
+        corrupted = partition.one_by_one(functools.partial(apply, method="decode"), latents)
         logits = self.net.apply(
             {"params": params["pixel_to_token"]},
             corrupted, token_ids, mask_s, self.capacity, train,

@@ -83,12 +83,13 @@ class Task:
 
         def each():
             for batch in batches:
-                values, _ = partition.whole(predict(params, {name: batch[name] for name in ("image", "label")}))
+                found = predict(params, {name: batch[name] for name in ("image", "label")})
+                (values, _), valid = partition.whole((found, batch["valid"]))
                 top = values.pop("top")
                 if not shown:
                     captions = [f"{n} {p:.0%}" for n, p in zip(top, values["confidence"])][:NUM_PICTURES]
                     shown["predictions"] = writers.contact_sheet(captions, partition.whole(batch["image"])[:NUM_PICTURES])
-                yield values, batch["valid"]
+                yield values, valid
 
         return averages.mean_over(each()), shown
 

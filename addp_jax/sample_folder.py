@@ -1,0 +1,129 @@
+"""The folder of generated images: what is written stays, what is missing is known, and all come from one setting.
+
+    <folder>/settings.json      what the images depend on; other settings are refused
+    <folder>/images/<name>.png  each appears by one rename, encoded on a thread beside the computation
+    <folder>/samples.npz        `arr_0` uint8 [N,H,W,3], as ADM's evaluation reads it
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import pathlib
+import zipfile
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from PIL import Image
+
+from addp_jax import errors
+
+READ_AT_ONCE = 64  # images read back, decoded, at a time
+TEMPORARY = ".tmp"
+
+
+class SampleFolder:
+    """Close it, or use it in a `with` block: images are on disk only then. Every write raises UserError on a full disk."""
+
+    def __init__(self, path: str, settings: dict):
+        """Raises UserError if the folder holds images of other settings, or cannot be written to."""
+        self.path = pathlib.Path(path)
+        self._images = self.path / "images"
+        self._threads = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "png")
+        self._pending = []
+        try:
+            self._images.mkdir(parents=True, exist_ok=True)
+            for leftover in self._images.glob(f"*{TEMPORARY}"):
+                leftover.unlink()
+            self._require(json.loads(json.dumps(settings)))
+        except OSError as error:
+            raise self._problem(error) from error
+
+    def _require(self, settings: dict) -> None:
+        file = self.path / "settings.json"
+        advice = "give another config.generate.output, or delete that folder"
+        if not file.exists():
+            if any(self._images.iterdir()):
+                raise errors.UserError(f"{self.path} holds images, but no settings.json that says of what: {advice}")
+            replace(file, lambda out: out.write(json.dumps(settings, indent=1).encode()))
+            return
+        try:
+            found = json.loads(file.read_text())
+        except ValueError as error:
+            raise errors.UserError(f"{file} cannot be read: {advice}") from error
+        pairs = {name: (found.get(name), settings.get(name)) for name in found | settings}
+        differ = [f"{name} {before}, now {now}" for name, (before, now) in pairs.items() if before != now]
+        if differ:
+            raise errors.UserError(f"{self.path} holds images made with other settings ({'; '.join(differ)}): {advice}")
+
+    def file(self, name: str) -> pathlib.Path:
+        return self._images / f"{name}.png"
+
+    def missing(self, names: Sequence[str]) -> np.ndarray:
+        """bool [N]: no such image, or a damaged one."""
+        return np.array([not intact for intact in self._threads.map(lambda name: is_intact(self.file(name)), names)], bool)
+
+    def write(self, name: str, make) -> None:
+        """Have a thread write what `make()` returns, uint8 [H,W,3]."""
+        save = lambda: replace(self.file(name), lambda out: Image.fromarray(make()).save(out, "png"))
+        self._pending.append(self._threads.submit(save))
+
+    def wait(self, allowed: int = 0) -> None:
+        """Until at most `allowed` images are still to be written."""
+        while len(self._pending) > allowed:
+            try:
+                self._pending.pop(0).result()
+            except OSError as error:
+                raise self._problem(error) from error
+
+    def read(self, names: Sequence[str]) -> Iterator[np.ndarray]:
+        """uint8 [H,W,3] each, in order."""
+        for first in range(0, len(names), READ_AT_ONCE):
+            paths = [self.file(name) for name in names[first : first + READ_AT_ONCE]]
+            yield from self._threads.map(lambda path: np.asarray(Image.open(path)), paths)
+
+    def write_npz(self, names: Sequence[str], shape) -> pathlib.Path:
+        """`samples.npz` from the written images, each of `shape` (H,W,3), never in memory together."""
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(names), *shape)}
+
+        def stream(out):
+            with zipfile.ZipFile(out, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as array:
+                np.lib.format.write_array_header_1_0(array, header)
+                for image in self.read(names):
+                    array.write(image.tobytes())
+
+        try:
+            replace(self.path / "samples.npz", stream)
+        except OSError as error:
+            raise self._problem(error) from error
+        return self.path / "samples.npz"
+
+    def _problem(self, error: OSError) -> errors.UserError:
+        return errors.UserError(f"config.generate.output: cannot write to {self.path}: {error.strerror or error}")
+
+    def __enter__(self) -> SampleFolder:
+        return self
+
+    def __exit__(self, kind, *_):
+        self._threads.shutdown(cancel_futures=kind is not None)
+        if kind is None:
+            self.wait()
+
+
+def replace(path: pathlib.Path, write) -> None:
+    """`write(file)` to a file beside `path` that then takes its name: `path` is never seen half written."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    with open(temporary, "wb") as file:
+        write(file)
+    os.replace(temporary, path)
+
+
+def is_intact(path: pathlib.Path) -> bool:
+    """Whether the PNG is there and whole, by its checksums."""
+    try:
+        with Image.open(path) as picture:
+            picture.verify()
+        return True
+    except Exception:  # a damaged file makes PIL raise nearly anything
+        return False

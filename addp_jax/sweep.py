@@ -1,0 +1,86 @@
+"""`--mode=generate` with `config.generate.sweep`: the same images drawn with several settings of the sampler, side by side.
+
+    --config.generate.sweep="steps=8,20,50;temperature=1,6"
+
+draws the first images with each of the six combinations. Any fields of `config.model.sampler`.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+
+import jax
+import numpy as np
+
+from addp_jax import errors, evaluate, generate, partition, schema, writers
+
+COLUMNS = 8  # images drawn with each setting
+FIELD = "config.generate.sweep"
+
+
+def settings(text: str) -> list[dict]:
+    """The combinations that `text` stands for, the last field changing fastest: [{field: value}, ...]."""
+    fields = {}
+    for part in text.split(";"):
+        name, equals, values = (piece.strip() for piece in part.partition("="))
+        if not (name and equals and values) or name in fields:
+            raise errors.UserError(f'{FIELD}: {part.strip()!r} is not understood; write "steps=8,20;temperature=1,6"')
+        fields[name] = [literal(value.strip()) for value in values.split(",")]
+    return [dict(zip(fields, values)) for values in itertools.product(*fields.values())]
+
+
+def literal(text: str):
+    """A number, True, False, or else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def with_sampler(program, changes: dict):
+    """`program` with other fields of its sampler. Raises UserError on fields and values that it has not."""
+    task = copy.copy(program.task)
+    fields = dataclasses.asdict(task.sampler_config) | changes
+    task.sampler_config = schema.build(type(task.sampler_config), fields, "config.model.sampler")
+    return dataclasses.replace(program, task=task)
+
+
+def sweep(program, config: generate.Config, workdir: str) -> None:
+    """Write `sweep.png`, a row of images for each setting with its name (and how far its samples are from real images,
+    where `config.evaluate.features` is set), and `sweep.jsonl`, a line for each setting."""
+    combinations = settings(config.sweep)
+    start = generate.make_starts(program, config)
+    programs = [with_sampler(program, changes) for changes in combinations]
+    output = pathlib.Path(config.output or os.path.join(workdir, "sweep"))
+    first = jax.process_index() == 0  # it alone writes
+    rows, lines = [], []
+    progress = writers.Progress(len(programs), 0, unit="setting", enabled=first)
+    with jax.set_mesh(program.mesh):
+        nets_params = [evaluate.place(program, networks) for networks in evaluate.read(program, workdir)]
+        numbers = np.arange(min(len(start), COLUMNS))
+        padded = generate.padded(numbers, generate.batch_size(len(numbers), program.mesh))
+        batch = partition.put(start.batch(padded), partition.batch_sharding(program.mesh))
+        for changes, changed in zip(combinations, programs):
+            images = partition.whole(generate.make_draw(changed, start, config.seed)(nets_params, batch))
+            measures, _ = evaluate.distances(changed, *nets_params)
+            rows.append((caption(changes, measures), writers.grid(images[: len(numbers)], COLUMNS)))
+            lines.append(json.dumps(changes | measures) + "\n")
+            progress.update(len(rows))
+    progress.close()
+    if first:
+        for path in writers.save_pictures(output, {"sweep": writers.captioned(rows)}):
+            print(path)
+        (output / "sweep.jsonl").write_text("".join(lines))
+        print(output / "sweep.jsonl")
+
+
+def caption(changes: dict, measures: dict) -> str:
+    """The settings, and the first measure, which is the Frechet distance."""
+    told = [f"{name} {value}" for name, value in changes.items()]
+    return ", ".join(told + [f"{name} {value:.2f}" for name, value in list(measures.items())[:1]])

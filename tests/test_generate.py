@@ -1,0 +1,190 @@
+"""Generation and editing to files: nothing is drawn twice, own pixels stay, mistakes are told."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import programs
+import pytest
+from PIL import Image
+
+from addp_jax import errors, evaluate, generate, samplers, sweep, train
+
+S = 16
+STEPS = {"model__sampler__steps": 3}
+KILLS = (30, 90)  # images after which the process is killed
+NUM_IMAGES = 200
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_compilation():
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def weights(trained):
+    return {"model__tokenizer_weights": str(trained / "tokenizer"), "model__predictor_weights": str(trained / "predictor")}
+
+
+@pytest.fixture(scope="module")
+def program(weights, mesh):
+    return train.build(programs.config("demo_addp", **weights, **STEPS), num_train=8, mesh=mesh)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Four files: of the right size, wide, tall, damaged."""
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for name, shape in (("a", (S, S, 3)), ("b", (20, 40, 3)), ("d", (40, 20, 3))):
+        Image.fromarray(rng.integers(0, 255, shape, np.uint8)).save(folder / f"{name}.png")
+    (folder / "c.png").write_bytes((folder / "a.png").read_bytes()[:400])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mask(tmp_path_factory):
+    path = tmp_path_factory.mktemp("masks") / "left.png"
+    Image.fromarray(np.where(np.arange(S) < 5, 255, 0).astype(np.uint8)[None].repeat(S, 0)).save(path)
+    return str(path)
+
+
+def run(program, trained, output, **fields):
+    generate.generate(program, generate.Config(batch_size=4, output=str(output), **fields), str(trained / "addp"))
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_inpainting_keeps_the_own_pixels_skips_what_is_unreadable_and_says_so(program, trained, photos, mask, tmp_path, capsys):
+    """In two goes: what is there is not drawn again, not even another variant's."""
+    names = ["000000_a", "000001_b", "000003_d", "000004_a", "000005_b", "000007_d"]
+    times = []
+    for variants in (1, 2):
+        with pytest.raises(errors.UserError, match=r"1 of 4 files skipped: .*c.png \("):
+            run(program, trained, tmp_path, images=str(photos), masks=mask, feather=4, variants=variants, strips=2)
+        files = sorted((tmp_path / "images").iterdir())
+        assert [file.stem for file in files] == names[: 3 * variants]
+        times.append([file.stat().st_mtime_ns for file in files])
+        assert "4 images; 2 resized to 16 pixels, 2 cropped in the middle" in capsys.readouterr().out
+    assert times[1][:3] == times[0]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "edits.png", "grid.png", "images", "samples.npz", "settings.json", "steps.gif", "strip.png",
+    ]  # fmt: skip
+    one, other = (pixels(tmp_path / "images" / f"{name}.png") for name in ("000000_a", "000004_a"))
+    own = pixels(photos / "a.png")
+    for result in (one, other):
+        np.testing.assert_array_equal(result[:, 9:], own[:, 9:])
+        assert (result[:, :5] != own[:, :5]).any()
+    assert (one[:, :5] != other[:, :5]).any()
+    assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (6, S, S, 3)
+    with Image.open(tmp_path / "steps.gif") as film:
+        assert film.n_frames == 2 + 3  # own, hidden, three steps
+
+
+def test_a_mask_ratio_of_0_is_the_tokenizers_reconstruction(program, trained, photos, tmp_path):
+    with pytest.raises(errors.UserError, match="1 of 4"):
+        run(program, trained, tmp_path, images=str(photos), mask_ratio=0.0, strips=0)
+    params, frozen = evaluate.load(program, str(trained / "addp"))
+    nets = program.task.nets(params, frozen)
+    own = pixels(photos / "a.png")[None] / np.float32(255)
+    expected = np.asarray(jax.jit(lambda image: samplers.to_uint8(samplers.reconstruct(nets, image)))(own)).astype(int)
+    assert np.abs(pixels(tmp_path / "images" / "000000_a.png") - expected[0]).max() <= 1
+
+
+def test_a_sweep_is_one_sheet_with_a_row_and_a_line_for_each_setting(program, trained, tmp_path, monkeypatch):
+    asked = []
+
+    def distances(changed, params, frozen):
+        asked.append(dataclasses.asdict(changed.task.sampler_config))
+        return {"fid_16": float(len(asked))}, {}
+
+    monkeypatch.setattr(evaluate, "distances", distances)
+    config = generate.Config(num_images=2, output=str(tmp_path), sweep="steps=1,2;schedule=sqrt")
+    sweep.sweep(program, config, str(trained / "addp"))
+    assert [tuple(entry.values())[:3] for entry in asked] == [(1, "sqrt", 1.0), (2, "sqrt", 1.0)]
+    lines = [json.loads(line) for line in (tmp_path / "sweep.jsonl").read_text().splitlines()]
+    assert lines == [{"steps": 1, "schedule": "sqrt", "fid_16": 1.0}, {"steps": 2, "schedule": "sqrt", "fid_16": 2.0}]
+    sheet = pixels(tmp_path / "sweep.png")
+    assert len(sheet) == 2 * (16 + S + 4)  # caption, images and their border
+    assert program.task.sampler_config.steps == 3
+
+
+@pytest.mark.parametrize("text", ["steps", "steps=", "=8", "steps=8;steps=9", ""])
+def test_a_sweep_that_is_not_understood(text):
+    with pytest.raises(errors.UserError, match="config.generate.sweep: .* is not understood"):
+        sweep.settings(text)
+
+
+def test_a_sweep_of_what_the_sampler_has_not(program):
+    for changes, words in (
+        ({"step": 8}, "did you mean config.model.sampler.steps"),
+        ({"steps": 0.5}, "steps: expected int"),
+        ({"top_k": -1}, "config.model.sampler.top_k"),
+    ):  # fmt: skip
+        with pytest.raises(errors.UserError, match=words):
+            sweep.with_sampler(program, changes)
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"mask_ratio": 1.5, "images": "x"}, "mask_ratio: 1.5; use a fraction from 0 to 1"),
+        ({"mask_ratio": -0.1, "images": "x"}, "mask_ratio: -0.1"),
+        ({"mask_ratio": 0.5}, "mask_ratio needs config.generate.images"),
+        ({"masks": "m"}, "masks needs config.generate.images"),
+        ({"images": "x"}, "images needs what is drawn anew"),
+        ({"images": "x", "masks": "m", "mask_ratio": 0.5}, "mask_ratio: what is drawn anew is already said"),
+        ({"images": "x", "mask_ratio": 0.5, "feather": 4}, "feather needs"),
+        ({"variants": 0}, "variants: 0"),
+        ({"feather": -1}, "feather: -1"),
+        ({"num_images": 0}, "num_images: 0"),
+    ],
+)
+def test_fields_that_do_not_fit_together_are_named(fields, words):
+    with pytest.raises(errors.UserError, match=f"config.generate.{words}"):
+        generate.Config(**fields)
+
+
+def contents(folder: pathlib.Path) -> dict:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_generation_killed_twice_and_resumed_is_byte_identical_to_an_undisturbed_one(trained, weights, tmp_path):
+    fields = {"generate__num_images": NUM_IMAGES, "generate__batch_size": 7, "generate__strips": 0} | weights | STEPS
+    command = [
+        sys.executable, "-m", "addp_jax.main", "--mode=generate", "--config=configs/demo_addp.py:tiny",
+        f"--workdir={trained / 'addp'}", *(f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()),
+    ]  # fmt: skip
+    settings = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+
+    def start(folder):
+        return subprocess.Popen(
+            [*command, f"--config.generate.output={tmp_path / folder}"], cwd=programs.ROOT, env=os.environ | settings, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    for kill in KILLS:
+        process = start("killed")
+        while len(list((tmp_path / "killed" / "images").glob("*.png"))) < kill and process.poll() is None:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, process.communicate()[1]
+        assert len(list((tmp_path / "killed" / "images").glob("*.png"))) < NUM_IMAGES
+    for folder in ("killed", "undisturbed"):
+        process = start(folder)
+        _, problems = process.communicate(timeout=300)
+        assert process.returncode == 0, problems
+    killed, undisturbed = (contents(tmp_path / folder) for folder in ("killed", "undisturbed"))
+    assert len(undisturbed) == NUM_IMAGES + 3  # settings, grid, npz
+    assert killed == undisturbed

@@ -1,0 +1,136 @@
+"""Own images on their canvases: what is resized, what is drawn anew, what is told of it."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from addp_jax import errors
+from addp_jax.data import own_images
+
+S = 16
+
+
+def write(folder, **pictures):
+    folder.mkdir(exist_ok=True)
+    for name, picture in pictures.items():
+        Image.fromarray(np.asarray(picture)).save(folder / f"{name}.png")
+    return str(folder)
+
+
+def colour(height, width, value=0):
+    return np.full((height, width, 3), value, np.uint8)
+
+
+def ramp(height, width):
+    """Red grows downwards, green to the right."""
+    image = colour(height, width)
+    image[..., 0], image[..., 1] = np.linspace(0, 255, height)[:, None], np.linspace(0, 255, width)
+    return image
+
+
+def white(height, width, *places):
+    mask = np.zeros((height, width), np.uint8)
+    for place in places:
+        mask[place] = 255
+    return mask
+
+
+def test_an_image_of_the_canvas_size_is_left_as_it_is(tmp_path):
+    own = own_images.OwnImages(write(tmp_path, a=ramp(S, S)), S)
+    np.testing.assert_array_equal(own.image(0), ramp(S, S))
+    assert not own.redrawn(0).any() and own.summary().endswith("1 images")
+
+
+def test_one_line_says_what_happened_to_images_of_other_sizes(tmp_path):
+    folder = write(tmp_path, a=ramp(S, S), b=ramp(2 * S, 3 * S), c=ramp(2 * S, 2 * S))
+    (tmp_path / "d.png").write_text("text")
+    own = own_images.OwnImages(folder, S)
+    assert own.summary().endswith("4 images; 2 resized to 16 pixels, 1 cropped in the middle, 1 unreadable")
+    assert own.image(1).shape == (S, S, 3) and own.image(3) is None and "not an image" in own.skipped[str(tmp_path / "d.png")]
+
+
+def test_a_truncated_image_is_skipped_when_it_is_read(tmp_path):
+    folder = write(tmp_path, a=np.random.default_rng(0).integers(0, 255, (S, S, 3), np.uint8))
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(content[: len(content) // 2])
+    own = own_images.OwnImages(folder, S)
+    assert own.image(0) is None and list(own.skipped) == [str(tmp_path / "a.png")]
+
+
+def test_margins_shrink_the_image_and_are_drawn_anew(tmp_path):
+    own = own_images.OwnImages(write(tmp_path, a=ramp(S, S)), S, margins=(0.5, 0.25, 0.0, 0.25))
+    expected = np.ones((S, S), bool)
+    expected[4:12, 8:] = False
+    np.testing.assert_array_equal(own.redrawn(0), expected)
+    image = own.image(0)
+    assert image[4, 8, 0] < 20 and image[11, 15, 0] > 235
+    np.testing.assert_array_equal(image[:4, 8:], image[4:5, 8:].repeat(4, 0))  # its border, repeated
+
+
+@pytest.mark.parametrize("shape, kept", [((8, 32), np.s_[6:10, :]), ((32, 8), np.s_[:, 6:10])])
+def test_the_whole_of_an_image_is_shrunk_until_it_fits(tmp_path, shape, kept):
+    own = own_images.OwnImages(write(tmp_path, a=ramp(*shape)), S, whole=True)
+    expected = np.ones((S, S), bool)
+    expected[kept] = False
+    np.testing.assert_array_equal(own.redrawn(0), expected)
+    part = own.image(0)[kept]
+    assert part[0, 0].max() < 45 and part[-1, -1, :2].min() > 210 and "1 with bands beside it" in own.summary()
+
+
+def test_a_phone_picture_lies_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    Image.fromarray(ramp(8, 32)).save(tmp_path / "a.jpg", exif=exif)
+    own = own_images.OwnImages(str(tmp_path), S, whole=True)
+    assert not own.redrawn(0)[:, 6:10].any() and own.redrawn(0)[:, :6].all()
+
+
+def test_what_is_white_in_a_mask_is_drawn_anew_even_one_pixel_of_a_large_one(tmp_path):
+    pictures, masks = write(tmp_path / "pictures", a=ramp(S, S), b=ramp(30 * S, 30 * S)), tmp_path / "masks"
+    write(masks, a=white(S, S, np.s_[2:4, 5]), b=white(30 * S, 30 * S, np.s_[45, 75]))
+    own = own_images.OwnImages(pictures, S, str(masks))
+    np.testing.assert_array_equal(np.argwhere(own.redrawn(0)), [[2, 5], [3, 5]])
+    np.testing.assert_array_equal(np.argwhere(own.redrawn(1)), [[1, 2]])
+    np.testing.assert_array_equal(np.flatnonzero(own_images.to_tokens(own.redrawn(0), 4)), [1])
+    np.testing.assert_array_equal(np.flatnonzero(own_images.to_tokens(own.redrawn(0), 8)), [10])
+
+
+def test_a_mask_moves_with_its_image_and_a_square_one_belongs_to_the_canvas(tmp_path):
+    pictures = write(tmp_path / "pictures", a=ramp(8, 32))
+    masks = write(tmp_path / "masks", own=white(8, 32, np.s_[:, 30:]), square=white(2 * S, 2 * S, np.s_[:, :2]))
+    cropped = own_images.OwnImages(pictures, S, f"{masks}/own.png")
+    assert not cropped.redrawn(0).any()  # it was in the part that is cropped off
+    whole = own_images.OwnImages(pictures, S, f"{masks}/own.png", whole=True).redrawn(0)
+    assert whole[6:10, 15].all() and not whole[6:10, :15].any() and whole[:6].all()
+    np.testing.assert_array_equal(own_images.OwnImages(pictures, S, f"{masks}/square.png").redrawn(0)[:, :2].sum(), S)
+
+
+def test_pixels_far_from_the_seam_are_the_own_ones_and_those_drawn_anew_are_the_new_ones():
+    redrawn = white(S, S, np.s_[:, :4]) > 0
+    blended = own_images.blend(colour(S, S, 200), colour(S, S, 100), redrawn, 4)
+    assert (blended[:, :4] == 200).all() and (blended[:, 8:] == 100).all()
+    assert (np.diff(blended[0, 3:9, 0].astype(int)) <= 0).all() and 100 < blended[0, 5, 0] < 200
+    film = own_images.blend(np.stack([colour(S, S, 200)] * 2), colour(S, S, 100), redrawn, 4)
+    np.testing.assert_array_equal(film, [blended, blended])
+
+
+def test_mistakes_are_one_line_that_names_field_and_file(tmp_path):
+    pictures, masks = write(tmp_path / "pictures", a=ramp(8, 32), b=ramp(S, S)), tmp_path / "masks"
+    write(masks, a=white(8, 32, np.s_[0]))
+    for arguments, words in (
+        ({"masks": str(masks)}, ("config.generate.masks", "no mask named 'b'")),
+        ({"masks": write(tmp_path / "black", a=white(8, 32), b=white(S, S)) + "/a.png"}, ("a.png", "black all over")),
+        ({"masks": write(tmp_path / "other", a=white(8, 30, 0), b=white(S, S, 0))}, ("30x8", "32x8")),
+        ({"masks": f"{pictures}/a.png"}, ("config.generate.masks", "lies among the images")),
+        ({"masks": str(tmp_path / "nowhere.png")}, ("config.generate.masks", "nowhere.png")),
+        ({"margins": (0.5, 0.0, 0.5, 0.0)}, ("config.generate.margins", "(0.5, 0.0, 0.5, 0.0)")),
+        ({"margins": (-0.5, 0.0, 0.0, 0.0)}, ("config.generate.margins",)),
+    ):
+        with pytest.raises(errors.UserError) as told:
+            own = own_images.OwnImages(pictures, S, **arguments)
+            [own.redrawn(i) for i in range(2)]
+        assert all(word in str(told.value) for word in words) and "\n" not in str(told.value)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.png").write_text("text")
+    with pytest.raises(errors.UserError, match="none of the 1 files"):
+        own_images.OwnImages(str(tmp_path / "text"), S)
