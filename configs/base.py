@@ -273,8 +273,8 @@ def addp_task(net, predictor, tokenizer):
 def for_pods(config):
     """Large models on many devices: parameters divided among 16, matrix products kept for the backward pass, the rest made again."""
     config.mesh.fsdp = -16
-    for stack in (config.model.net.encoder, config.model.net.decoder):
-        stack.remat = "dots"
+    for net in [config.model[name] for name in ("net", "predictor") if name in config.model]:  # the frozen one has no backward pass
+        net.encoder.remat = net.decoder.remat = "dots"
     return config
 
 
