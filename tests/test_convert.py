@@ -132,7 +132,7 @@ def test_an_exported_encoder_gives_the_same_features_and_gradients_in_pytorch(to
 def test_an_exported_classifier_gives_the_same_logits_and_gradients_in_pytorch(torch, tmp_path):
     import twin
 
-    task = train.build(programs.config("demo_classification"), num_train=8).task
+    task = train.build(programs.config("vitb_in1k"), num_train=8).task
     params = jax.tree.map(np.array, jax.jit(task.init)(jax.random.key(3)))
     params["classifier"]["dense_out"]["kernel"] *= 1e4  # it starts near 0
     checkpoint.save_params(tmp_path / "run", params, {})
