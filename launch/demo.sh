@@ -45,7 +45,7 @@ distance=() # at every evaluation: how far the stage's own pictures are from hel
 if [ -z "$data" ]; then
     echo "== first a classifier of the shapes, which judges the pictures later"
     main train demo_judge judge
-    distance=("--config.evaluate.features=$out/judge" --config.evaluate.num_images=500)
+    distance=("--config.evaluate.features=$out/judge" --config.evaluate.num_images=200)
 fi
 echo "== 1 of 3: tokenizer"
 main train demo_tokenizer tokenizer "${source[@]}" "${distance[@]}"
