@@ -7,7 +7,7 @@ def get_config(arg=""):
     size = demo.image_size(arg)
     net = base.pixel_to_token(**demo.NET, image_size=size, patch_size=demo.PATCH)
     model = base.addp_task(net, base.predictor(**demo.NET, length=demo.length(size)), demo.tokenizer(size))
-    config = demo.run("addp", 900, 32, 3e-3, **model)
+    config = demo.run("addp", 1200, 32, 3e-3, **model)
     config.model.label_smoothing = 0.0
     config.model.sampler.update(temperature=1.0, top_p=0.9)  # 36 tokens need less noise than 256
     return demo.sized(config, arg)

@@ -6,7 +6,7 @@ from configs import base, demo
 def get_config(arg=""):
     size = demo.image_size(arg)
     net = base.predictor(**demo.NET, length=demo.length(size))
-    config = demo.run("token_predictor", 800, 32, 3e-3, **base.predictor_task(net, demo.tokenizer(size)))
+    config = demo.run("token_predictor", 1200, 32, 3e-3, **base.predictor_task(net, demo.tokenizer(size)))
     config.model.label_smoothing = 0.0
     config.model.sampler.temperature = 1.0  # 36 tokens need less noise than 256
     return demo.sized(config, arg)

@@ -41,23 +41,18 @@ main() { # mode, config, run folder, more flags
     python -m addp_jax.main --mode="$1" --config="configs/$2.py:$size" --workdir="$out/$3" "${@:4}" "${flags[@]}"
 }
 
-distance=() # at every evaluation: how far the stage's own pictures are from held-out ones, by the judge's features
-if [ -z "$data" ]; then
-    echo "== first a classifier of the shapes, which judges the pictures later"
-    main train demo_judge judge
-    distance=("--config.evaluate.features=$out/judge" --config.evaluate.num_images=200)
-fi
 echo "== 1 of 3: tokenizer"
-main train demo_tokenizer tokenizer "${source[@]}" "${distance[@]}"
+main train demo_tokenizer tokenizer "${source[@]}"
 echo "== 2 of 3: token predictor"
-main train demo_predictor predictor "${source[@]}" "${distance[@]}" --config.model.tokenizer_weights="$out/tokenizer"
+main train demo_predictor predictor "${source[@]}" --config.model.tokenizer_weights="$out/tokenizer"
 echo "== 3 of 3: ADDP"
 weights=(--config.model.tokenizer_weights="$out/tokenizer" --config.model.predictor_weights="$out/predictor")
-main train demo_addp addp "${source[@]}" "${distance[@]}" "${weights[@]}"
+main train demo_addp addp "${source[@]}" "${weights[@]}"
 echo "== samples"
 main generate demo_addp addp "${source[@]}" "${weights[@]}"
 if [ -z "$data" ]; then
-    echo "== the classifier looks at the samples"
+    echo "== a classifier trained on real shapes looks at the samples"
+    main train demo_judge judge
     python -m addp_jax.judge --judge="$out/judge" --samples="$out/addp/generated/samples.npz" \
         --output="$out/addp/generated/judged.png"
 fi
