@@ -163,12 +163,16 @@ def report(title: str, rows: list[Row], images: int, peak: float) -> None:
         rate = row.flops / row.seconds
         print(
             f"{row.part:34}{row.calls:6}{row.seconds:10.3f}{row.flops / 1e9:10.1f}{rate / 1e9:10.1f}"
-            f"{images / row.seconds:10.3f}{rate / peak:9.1%}{row.planned_bytes / 2**20:8.0f}"
+            f"{images / row.seconds:10.3f}{rate / peak:9.1%}{row.planned_bytes / 2**20:8.0f}",
+            flush=True,  # the next table takes its time
         )
 
 
 def benchmark(config: train.Config) -> dict:
-    """Print tables and, as one line of JSON, what is returned. Set the `*_weights` fields to "random" where no trained weights are at hand."""
+    """Print tables and, as one line of JSON, what is returned.
+
+    Set the `*_weights` fields to "random" where no trained weights are at hand.
+    """
     program = train.build(config, num_train=config.batch_size)
     task, device = program.task, program.mesh.devices.flat[0]
     if hasattr(task, "open_source"):
@@ -181,11 +185,13 @@ def benchmark(config: train.Config) -> dict:
         frozen = evaluate.place(program, task.load_frozen())
         batch = jax.device_put(batch, partition.batch_sharding(program.mesh))
         peak, source = peak_flops(device, dtype)
-        tables = {"training step": training(config, program, frozen, batch)}
+        found = {"training step": lambda: training(config, program, frozen, batch)}
         if hasattr(task, "nets"):
-            tables["sampling"] = sampling(program, frozen, config.batch_size)
-    for title, rows in tables.items():
-        report(f"{title}, {config.batch_size} images", rows, config.batch_size, peak * program.mesh.size)
+            found["sampling"] = lambda: sampling(program, frozen, config.batch_size)
+        tables = {}
+        for title, run in found.items():
+            tables[title] = run()
+            report(f"{title}, {config.batch_size} images", tables[title], config.batch_size, peak * program.mesh.size)
     result = {
         "device": device.device_kind,
         "devices": program.mesh.size,
