@@ -85,7 +85,7 @@ def sampling(run: train.Run):
     if not hasattr(run.task, "nets"):
         raise errors.UserError(f"config.task: {run.config.task} draws no images; plan --program=train")
     config = schema.build(generate.Config, run.config.generate, "config.generate")
-    size = generate.batch_size(config.batch_size, run.mesh)
+    size = partition.batch_size(config.batch_size, run.mesh)
     batch = {"number": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=partition.batch_sharding(run.mesh))}
     frozen, params = _kept(run, run.task.load_for_sampling()), _kept(run, run.state.params)
     return generate.make_draw(run, starts.FromNothing(config), config.seed), ((params, frozen), batch), {

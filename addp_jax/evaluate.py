@@ -69,8 +69,7 @@ def distances(program, params, frozen) -> tuple[dict, dict]:
         return {}, {}
     net, make, source = prepare(program)
     sets = {name: (feature_sets.FeatureSet(), hashlib.blake2b(digest_size=8)) for name in ("real", "samples")}
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    batch_size = -(-config.batch_size // shards) * shards
+    batch_size = partition.batch_size(config.batch_size, mesh)
     for index, batch in enumerate(on_device(program, source, batch_size)):
         first = index * batch_size
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(config.seed), np.arange(first, first + batch_size))

@@ -91,12 +91,6 @@ def make_draw(program, start, seed: int, frames: bool = False):
     return jax.jit(partition.per_device(run, program.mesh))
 
 
-def batch_size(wanted: int, mesh) -> int:
-    """`wanted`, or a little more: as many images on each device."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    return -(-wanted // shards) * shards
-
-
 def padded(numbers, size: int):
     """`numbers`, the last repeated, up to `size`."""
     return np.pad(numbers, (0, size - len(numbers)), "edge")
@@ -145,7 +139,7 @@ def draw_missing(program, config: Config, start, nets_params, folder) -> None:
     missing = processes.from_first(folder.missing(names) if folder else np.zeros(len(names), bool))
     done, waiting = int((~missing).sum()), None
     progress = writers.Progress(len(names), done, unit="image", enabled=folder is not None)
-    draw, size = make_draw(program, start, config.seed), batch_size(config.batch_size, program.mesh)
+    draw, size = make_draw(program, start, config.seed), partition.batch_size(config.batch_size, program.mesh)
     for first in range(0, len(names), size):
         numbers = np.arange(first, min(first + size, len(names)))
         if not missing[numbers].any():
@@ -182,7 +176,7 @@ def film_strips(program, config: Config, start, nets_params):
     numbers = [i for i in range(len(start)) if start.readable(i)][: config.strips]
     if not numbers:
         return None
-    batch = start.batch(padded(numbers, batch_size(len(numbers), program.mesh)))
+    batch = start.batch(padded(numbers, partition.batch_size(len(numbers), program.mesh)))
     draw = make_draw(program, start, config.seed, frames=True)
     frames = partition.whole(draw(nets_params, partition.put(batch, partition.batch_sharding(program.mesh))))
     frames = frames[:, spread(frames.shape[1], GIF_FRAMES)]

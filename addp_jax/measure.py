@@ -200,7 +200,7 @@ def run(options) -> dict:
         net = features.load(options.features, options.weights, mesh, "--features", "--weights")
         for images in (real, samples):
             check(images, net)
-        batch_size = -(-options.batch_size // mesh.size) * mesh.size
+        batch_size = partition.batch_size(options.batch_size, mesh)
         return measure(real, samples, net, options.protocol, batch_size, options.cache)
 
 

@@ -201,6 +201,12 @@ def whole(tree):
     return jax.device_get(jax.jit(replicate)(tree) if any(map(spread, jax.tree.leaves(tree))) else tree)
 
 
+def batch_size(wanted: int, mesh: Mesh) -> int:
+    """`wanted`, or a little more: as many examples on each device."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-wanted // shards) * shards
+
+
 def per_device(function, mesh: Mesh):
     """Run `function(replicated, batched) -> batched` on each device's own slice of the batch, without communication."""
     batched = spec("batch")

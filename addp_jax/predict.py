@@ -85,8 +85,7 @@ def over_images(program, config: Config, workdir: str, name: str):
     if not config.images:
         raise errors.UserError("config.predict.images is empty: give a folder of images")
     source = sources.open_folder(config.images, "config.predict.images")
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    batch_size = -(-config.batch_size // devices) * devices
+    batch_size = partition.batch_size(config.batch_size, mesh)
     with jax.set_mesh(mesh):
         if name == "features" and hasattr(task, "open_source"):  # of a frozen encoder: nothing needs to be trained
             nets = {}, partition.put(task.load_frozen(), partition.replicated(mesh))

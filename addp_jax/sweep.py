@@ -65,7 +65,7 @@ def sweep(program, config: generate.Config, workdir: str) -> None:
         networks = evaluate.read(program, workdir), program.task.load_for_sampling()
         nets_params = [evaluate.place(program, entry) for entry in networks]
         numbers = np.arange(min(len(start), COLUMNS))
-        padded = generate.padded(numbers, generate.batch_size(len(numbers), program.mesh))
+        padded = generate.padded(numbers, partition.batch_size(len(numbers), program.mesh))
         batch = partition.put(start.batch(padded), partition.batch_sharding(program.mesh))
         for changes, changed in zip(combinations, programs):
             images = partition.whole(generate.make_draw(changed, start, config.seed)(nets_params, batch))

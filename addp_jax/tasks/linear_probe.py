@@ -113,7 +113,7 @@ class Task:
         transform = transforms.eval_image(self.image_size, self.config.crop_pct)
         frozen = partition.put({"encoder": self._encoder}, partition.replicated(self._mesh))
         function = functools.partial(jax.jit(self.features), {}, frozen)
-        size = -(-BATCH_SIZE // self._mesh.size) * self._mesh.size  # as many images on each device
+        size = partition.batch_size(BATCH_SIZE, self._mesh)
         yield from features.batches_of(source, transform, function, data, size, self._mesh)
 
     def loss(self, params, frozen, batch, rng, train: bool):
