@@ -53,9 +53,9 @@ def sources(folder: str) -> dict[str, str]:
     return {str(path.relative_to(ROOT)): path.read_text() for path in sorted((ROOT / folder).rglob("*.py"))}
 
 
-@functools.cache
-def tree(path: str) -> ast.Module:
-    return ast.parse((ROOT / path).read_text())
+# Read while the tests are collected: in Python 3.11 `ast.parse` fails when a finalizer that it happens to run parses too,
+# and the objects that other tests leave behind have such finalizers (a traceback that pytest formats is parsed).
+TREES = {path: ast.parse(text) for folder in ("addp_jax", "configs") for path, text in sources(folder).items()}
 
 
 def names_imported(node) -> list[str]:
@@ -69,7 +69,7 @@ def names_imported(node) -> list[str]:
 
 def imports(path: str) -> list[str]:
     """Everything a file imports, in functions too."""
-    return [name for node in ast.walk(tree(path)) for name in names_imported(node)]
+    return [name for node in ast.walk(TREES[path]) for name in names_imported(node)]
 
 
 def imports_on_loading(path: str) -> list[str]:
@@ -80,7 +80,7 @@ def imports_on_loading(path: str) -> list[str]:
             return []
         return names_imported(node) + [name for child in ast.iter_child_nodes(node) for name in visit(child)]
 
-    return visit(tree(path))
+    return visit(TREES[path])
 
 
 def within(name: str, module: str) -> bool:
@@ -89,7 +89,7 @@ def within(name: str, module: str) -> bool:
 
 def functions(path: str):
     """`(name, lines)` of every function and method."""
-    for node in ast.walk(tree(path)):
+    for node in ast.walk(TREES[path]):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield node.name, node.end_lineno - node.lineno + 1
 
@@ -148,7 +148,7 @@ def test_config_files_import_each_other_and_ml_collections_only():
 
 def test_no_field_of_a_config_is_asked_for_with_a_default():
     """`config.get("x", y)` hides misspelt fields."""
-    nodes = [(path, node) for path in PACKAGE for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+    nodes = [(path, node) for path in PACKAGE for node in ast.walk(TREES[path]) if isinstance(node, ast.Call)]
     owners = [(path, ast.unparse(node.func.value)) for path, node in nodes if getattr(node.func, "attr", "") == "get"]
     assert not [(path, owner) for path, owner in owners if owner.split(".")[-1].endswith("config")]
 
