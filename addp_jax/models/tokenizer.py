@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Callable, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from addp_jax import errors
+from addp_jax import errors, partition
 
 GROUP_NORM_EPS = 1e-6
 
@@ -265,6 +266,23 @@ class Tokenizer(nn.Module):
         """`latents` [B,L,Z] in raster order -> image float32 [B,H,W,3], about [0,1] but not clipped."""
         grid = rearrange(latents.astype(self.dtype), "b (h w) z -> b h w z", h=self.config.grid)
         return self.decoder(grid).astype(jnp.float32)
+
+
+class Codec(NamedTuple):
+    """A trained tokenizer as functions."""
+
+    encode: Callable  # image [B,H,W,3] -> token_ids [B,L]
+    decode: Callable  # latents [B,L,Z] -> image [B,H,W,3]
+    codebook: jax.Array  # [K,Z]
+
+
+def codec(net: Tokenizer, params) -> Codec:
+    """`net` with its parameters."""
+
+    def bound(method):
+        return lambda batch: partition.one_by_one(lambda part: net.apply({"params": params}, part, method=method), batch)
+
+    return Codec(bound(net.encode), bound(net.decode), params["codebook"])
 
 
 def init(net: Tokenizer, rng):

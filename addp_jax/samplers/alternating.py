@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from addp_jax import diffusion, partition, samplers
+from addp_jax import diffusion, samplers
 from addp_jax.samplers import Carry, Nets, Noise
 
 MAX_SEGMENTS = 4  # the scan is cut where a smaller decoder capacity suffices; each cut is one more compilation
@@ -66,8 +65,8 @@ def segments(config: Config, length: int, mask_ratio: float, fewest: int | None 
     return [(int(known[part].max()), At(*(entry[part] for entry in at))) for part in groups]
 
 
-def bind(net, params, tokenizer, tokenizer_params) -> Nets:
-    """The nets of `segments`' programs: `net` a PixelToToken, `tokenizer` a Tokenizer, with their parameters."""
+def bind(net, params, codec) -> Nets:
+    """The nets of `segments`' programs: `net` a PixelToToken with its parameters, `codec` a tokenizer.Codec."""
     num_codes = net.config.num_codes
 
     def predict(image, token_ids, mask, capacity):
@@ -77,11 +76,4 @@ def bind(net, params, tokenizer, tokenizer_params) -> Nets:
             return jnp.broadcast_to(logits[..., :num_codes], (*mask.shape, num_codes))
         return net.apply({"params": params}, image, token_ids, mask, capacity)[..., :num_codes]
 
-    def encode(image):
-        return tokenizer.apply({"params": tokenizer_params}, image, method=tokenizer.encode)
-
-    def decode(latents):
-        apply = functools.partial(tokenizer.apply, {"params": tokenizer_params}, method=tokenizer.decode)
-        return partition.one_by_one(apply, latents)
-
-    return Nets(encode, predict, decode, tokenizer_params["codebook"])
+    return Nets(codec.encode, predict, codec.decode, codec.codebook)

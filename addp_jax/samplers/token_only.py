@@ -54,17 +54,11 @@ def segments(config: Config, length: int, mask_ratio: float, fewest: int | None 
     return [(last, part) for last, part in parts if len(part.step)]
 
 
-def bind(predictor, params, tokenizer, tokenizer_params) -> Nets:
-    """`predictor` a TokenPredictor, `tokenizer` a Tokenizer, with their parameters."""
+def bind(predictor, params, codec) -> Nets:
+    """`predictor` a TokenPredictor with its parameters, `codec` a tokenizer.Codec."""
     num_codes = predictor.config.num_codes
 
     def predict(image, token_ids, mask, capacity):
         return predictor.apply({"params": params}, token_ids, mask)[..., :num_codes]
 
-    def encode(image):
-        return tokenizer.apply({"params": tokenizer_params}, image, method=tokenizer.encode)
-
-    def decode(latents):
-        return tokenizer.apply({"params": tokenizer_params}, latents, method=tokenizer.decode)
-
-    return Nets(encode, predict, decode, tokenizer_params["codebook"])
+    return Nets(codec.encode, predict, codec.decode, codec.codebook)

@@ -82,14 +82,13 @@ class Task:
         if len(batch["image"]) % self.config.masks.group:
             raise errors.UserError(f"config.model.masks.group: does not divide config.batch_size={len(batch['image'])}")
         image = batch["image"].astype(jnp.float32) / 255
-        apply = functools.partial(self.tokenizer.apply, {"params": frozen["tokenizer"]})
-        codebook = frozen["tokenizer"]["codebook"]
+        codec = self.codec(frozen)
 
-        token_ids = partition.one_by_one(functools.partial(apply, method="encode"), image)
+        token_ids = codec.encode(image)
         mask_t, mask_s = diffusion.draw_nested_masks(mask_key, self.config.masks, *token_ids.shape)
         teach = functools.partial(self._teach, frozen["token_predictor"], token_ids, train and self.config.teacher_dropout)
-        latents, target = diffusion.corrupt(teach, token_ids, mask_t, mask_s, codebook, teacher_key)
-        corrupted = partition.one_by_one(functools.partial(apply, method="decode"), latents)
+        latents, target = diffusion.corrupt(teach, token_ids, mask_t, mask_s, codec.codebook, teacher_key)
+        corrupted = codec.decode(latents)
         logits = self.net.apply(
             {"params": params["pixel_to_token"]},
             corrupted, token_ids, mask_s, self.capacity, train,
@@ -125,14 +124,16 @@ class Task:
 
     def _denoising(self, frozen, image, corrupted, logits, token_ids, mask):
         """Rows: original, corrupted input, the network's prediction."""
-        probs = jax.nn.softmax(logits[..., : self.config.net.num_codes])
-        latents = diffusion.mix_latents(probs, token_ids, mask, frozen["tokenizer"]["codebook"])
-        predicted = self.tokenizer.apply({"params": frozen["tokenizer"]}, latents, method="decode")
+        probs, codec = jax.nn.softmax(logits[..., : self.config.net.num_codes]), self.codec(frozen)
+        predicted = codec.decode(diffusion.mix_latents(probs, token_ids, mask, codec.codebook))
         rows = [jnp.clip(row, 0, 1) for row in (image, corrupted, predicted)]
         return writers.grid(jnp.concatenate(rows), columns=len(rows[0]))
 
+    def codec(self, frozen) -> tokenizer.Codec:
+        return tokenizer.codec(self.tokenizer, frozen["tokenizer"])
+
     def nets(self, params, frozen) -> samplers.Nets:
-        return alternating.bind(self.net, params["pixel_to_token"], self.tokenizer, frozen["tokenizer"])
+        return alternating.bind(self.net, params["pixel_to_token"], self.codec(frozen))
 
     def transform(self, split: str, data: pipeline.Config):
         return tasks.image_transform(split, data, self.image_size)

@@ -68,7 +68,7 @@ class Task:
         """Loss and accuracy at masked positions, and the masked share of them, each [B]."""
         mask_key, dropout_key = jax.random.split(rng)
         image = batch["image"].astype(jnp.float32) / 255
-        token_ids = self.tokenizer.apply({"params": frozen["tokenizer"]}, image, method="encode")
+        token_ids = tokenizer.codec(self.tokenizer, frozen["tokenizer"]).encode(image)
         mask, kept = self._draw_masks(mask_key, *token_ids.shape)
         logits = self.net.apply(
             {"params": params["token_predictor"]}, token_ids, mask, kept, train, rngs={"dropout": dropout_key}
@@ -109,7 +109,7 @@ class Task:
         return scalars, {"samples": writers.grid(samples, columns=math.isqrt(self.config.num_samples))}
 
     def nets(self, params, frozen) -> samplers.Nets:
-        return token_only.bind(self.net, params["token_predictor"], self.tokenizer, frozen["tokenizer"])
+        return token_only.bind(self.net, params["token_predictor"], tokenizer.codec(self.tokenizer, frozen["tokenizer"]))
 
     def transform(self, split: str, data: pipeline.Config):
         return tasks.image_transform(split, data, self.image_size)
