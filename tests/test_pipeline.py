@@ -229,6 +229,21 @@ def test_part_of_a_source_keeps_every_class(tmp_path):
         pipeline.open_source(dataclasses.replace(config, num_train=13), "train")
 
 
+@pytest.mark.parametrize("size", [80, 250, 333])
+def test_part_of_a_source_whose_classes_take_turns_keeps_every_class(size):
+    source = shapes.Shapes(1000, 0, 8)
+    part = pipeline.Part(source, size)
+    chosen = [int(part[i]["index"]) for i in range(size)]
+    assert sorted(set(chosen)) == chosen
+    counts = np.bincount([int(part[i]["label"]) for i in range(size)], minlength=len(source.classes))
+    assert counts.min() > size / len(source.classes) / 3
+
+
+def test_the_part_that_is_the_whole_is_the_source():
+    part = pipeline.Part(Numbers(17), 17)
+    assert [int(part[i]["number"]) for i in range(17)] == list(range(17))
+
+
 def test_shapes_splits_are_disjoint():
     config = pipeline.Config(num_train=20, num_eval=10)
     train_source, eval_source = (pipeline.open_source(config, split, 16) for split in ("train", "eval"))

@@ -125,16 +125,20 @@ def class_names(config: Config, image_size: int = 64) -> tuple[str, ...]:
 
 
 class Part:
-    """`size` examples spread evenly over a source: sources are sorted by class."""
+    """`size` examples spread over a source: one of each of as many equal stretches, since files are sorted by class; which
+    one of it is drawn (always the same), since the classes of generated shapes take turns.
+    """
 
     def __init__(self, source, size: int):
         self.source, self.size, self.classes = source, size, source.classes
+        edges = np.arange(size + 1) * len(source) // size
+        self._chosen = np.random.default_rng(0).integers(edges[:-1], edges[1:])
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, i: int) -> dict:
-        return self.source[int(i) * len(self.source) // self.size]
+        return self.source[int(self._chosen[i])]
 
     def __repr__(self) -> str:
         return f"Part({self.source!r}, {self.size})"
