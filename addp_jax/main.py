@@ -13,6 +13,7 @@ from addp_jax import errors
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; any field can be set: --config.batch_size=64")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: checkpoints, logs, pictures")
 NOMINAL_STEPS = 1000  # of an epoch, where nothing is trained and the training split is not opened
+LIBTPU_STACK = "fibers_default_thread_stack_size"  # bytes; on its own 64 KiB the compiler of libtpu 0.0.42 dies of fused attention
 CONVERSIONS = ("import", "export")  # modes without a config
 MODES = ["train", "evaluate", "generate", "predict", "features", "robustness", "benchmark", "plan", *CONVERSIONS]
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do; configs/base.py says what every field of config.MODE means")
@@ -117,6 +118,9 @@ def main(argv) -> None:
 
 
 def entry() -> None:
+    arguments = os.environ.get("LIBTPU_INIT_ARGS", "")
+    if LIBTPU_STACK not in arguments:
+        os.environ["LIBTPU_INIT_ARGS"] = f"{arguments} --{LIBTPU_STACK}={2**20}".lstrip()
     app.run(main, flags_parser=parse)
 
 

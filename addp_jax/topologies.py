@@ -119,7 +119,7 @@ def _gpus(name: Name) -> list:
         target = {"target_config": _target(name.kind), "topology": shape}
         return topologies.get_topology_desc(platform="cuda", topology_name=name.kind, **target).devices
     except (RuntimeError, ValueError) as error:
-        raise errors.UserError(f"--topology={name}: {str(error).splitlines()[0]}; it needs pip install '.[plan_gpu]'") from error
+        raise errors.UserError(f"--topology={name}: {str(error).splitlines()[0]}; it needs pip install '.[cuda]'") from error
 
 
 def _target(kind: str) -> str:

@@ -73,6 +73,11 @@ def test_collectives_in_a_loop_count_as_often_as_it_runs():
     assert found["reduce-scatter"] == hlo.Collective(1, 64 * 128 * 2)
 
 
+def test_how_often_a_loop_runs_is_what_the_compiler_says_where_it_does():
+    told = TEXT.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"5"}}')
+    assert hlo.collectives(told)["all-gather"].count == 5
+
+
 def test_estimated_cycles_in_a_loop_count_as_often_as_it_runs_and_unknown_ones_do_not():
     assert hlo.estimated_cycles(TEXT) == 4 * 100 + 7
 

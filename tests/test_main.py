@@ -12,7 +12,7 @@ import programs
 import pytest
 from PIL import Image
 
-from addp_jax import checkpoint
+from addp_jax import checkpoint, main
 
 TINY = "--config=configs/demo_tokenizer.py:tiny"
 FOLDER = ("--config.data.source=image_folder", "--config.data.num_train=0", "--config.data.num_eval=0")
@@ -154,3 +154,11 @@ def test_sigterm_saves_and_stops(tmp_path):
     output, problems = process.communicate(timeout=120)
     assert process.returncode == 143 and "goes on from there" in output, problems
     assert any(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir())
+
+
+def test_the_tpu_compilers_stack_is_enlarged_and_other_arguments_stay(monkeypatch):
+    monkeypatch.setattr(main.app, "run", lambda *_, **__: None)
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--other=1")
+    main.entry()
+    main.entry()
+    assert os.environ["LIBTPU_INIT_ARGS"] == "--other=1 --fibers_default_thread_stack_size=1048576"
