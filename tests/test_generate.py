@@ -161,18 +161,18 @@ def contents(folder: pathlib.Path) -> dict:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_a_generation_killed_twice_and_resumed_is_byte_identical_to_an_undisturbed_one(trained, weights, tmp_path):
+def test_killed_twice_and_resumed_or_by_two_processes_a_generation_is_byte_identical_to_an_undisturbed_one(trained, weights, tmp_path):
     fields = {"generate__num_images": NUM_IMAGES, "generate__batch_size": 7, "generate__strips": 0} | weights | STEPS
-    command = [
-        sys.executable, "-m", "addp_jax.main", "--mode=generate", "--config=configs/demo_addp.py:tiny",
-        f"--workdir={trained / 'addp'}", *(f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()),
-    ]  # fmt: skip
+    flags = ["--mode=generate", *(f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items())]
+    config, workdir = "configs/demo_addp.py:tiny", str(trained / "addp")
+    alone = [sys.executable, "-m", "addp_jax.main", f"--config={config}", f"--workdir={workdir}"]
     settings = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    settings["PYTHON"] = sys.executable
 
-    def start(folder):
+    def start(folder, command=alone):
         return subprocess.Popen(
-            [*command, f"--config.generate.output={tmp_path / folder}"], cwd=programs.ROOT, env=os.environ | settings, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [*command, *flags, f"--config.generate.output={tmp_path / folder}"], cwd=programs.ROOT, env=os.environ | settings,
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
     for kill in KILLS:
@@ -182,10 +182,11 @@ def test_a_generation_killed_twice_and_resumed_is_byte_identical_to_an_undisturb
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, process.communicate()[1]
         assert len(list((tmp_path / "killed" / "images").glob("*.png"))) < NUM_IMAGES
-    for folder in ("killed", "undisturbed"):
-        process = start(folder)
+    for folder, command in (("killed", alone), ("undisturbed", alone), ("two", ["launch/local.sh", "2", config, workdir])):
+        process = start(folder, command)
         _, problems = process.communicate(timeout=300)
         assert process.returncode == 0, problems
-    killed, undisturbed = (contents(tmp_path / folder) for folder in ("killed", "undisturbed"))
+    killed, undisturbed, two = (contents(tmp_path / folder) for folder in ("killed", "undisturbed", "two"))
     assert len(undisturbed) == NUM_IMAGES + 3  # settings, grid, npz
     assert killed == undisturbed
+    assert two == undisturbed
