@@ -13,7 +13,7 @@ NUM_CLASSES, LABELS = 8, 10  # generated shapes; training images of each
 
 def get_config(arg=""):
     model = recognition.classification_task(demo.ENCODER, NUM_CLASSES, demo.image_size(arg), demo.PATCH, drop_path=0.0)
-    config = demo.run("classification", 200, 32, 3e-3, **model)
+    config = demo.run("classification", 50, 32, 3e-3, **model)
     config.model.net.encoder.update(input_norm=True, final_norm=True)  # so few steps do not make up for lost norms
     config.model.update(mixup=0.0, cutmix=0.0)
     config.model.augment.update(magnitude=0.0, erase=0.0)
