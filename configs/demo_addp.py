@@ -9,5 +9,5 @@ def get_config(arg=""):
     model = base.addp_task(net, base.predictor(**demo.NET, length=demo.length(size)), demo.tokenizer(size))
     config = demo.run("addp", 1200, 32, 3e-3, **model)
     config.model.label_smoothing = 0.0
-    config.model.sampler.top_p = 0.5  # so short a training leaves doubt in every token
+    config.model.sampler.top_p = 0.3  # so short a training leaves doubt in every token
     return demo.sized(config, arg)

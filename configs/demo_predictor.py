@@ -8,5 +8,5 @@ def get_config(arg=""):
     net = base.predictor(**demo.NET, length=demo.length(size))
     config = demo.run("token_predictor", 1200, 32, 3e-3, **base.predictor_task(net, demo.tokenizer(size)))
     config.model.label_smoothing = 0.0
-    config.model.sampler.top_p = 0.5  # so short a training leaves doubt in every token
+    config.model.sampler.top_p = 0.3  # so short a training leaves doubt in every token
     return demo.sized(config, arg)

@@ -137,7 +137,7 @@ def test_a_missing_compiler_says_how_to_get_it(monkeypatch):
 
 
 def test_the_real_compiler_on_a_tiny_step():
-    """Parameters divided by four, updated in place, and nothing but parameters and gradients travels."""
+    """Parameters divided by four, updated in place; what is shuffled between devices is less than the images."""
     pytest.importorskip("libtpu", reason="needs pip install '.[plan]'")
     command = [sys.executable, "-m", "addp_jax.main", "--mode=plan", "--config=configs/demo_addp.py:tiny", "--topology=v5e:2x2"]
     more = ["--json", "--config.mesh.fsdp=4", "--config.model.net.encoder.dropout=0.1"]
@@ -146,5 +146,5 @@ def test_the_real_compiler_on_a_tiny_step():
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["fits"] and not found["warnings"] and found["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
     assert found["parameter_bytes"] < 4 * found["parameters"] / 3 and found["aliased"] >= found["donated"]
-    assert "all-to-all" not in found["collectives"] and found["executed_flops"] == found["useful_flops"]
+    assert found["collectives"]["all-to-all"]["bytes"] < found["batch_bytes"] and found["executed_flops"] == found["useful_flops"]
     assert found["limit"] == 15.75 * topologies.GIB
