@@ -21,6 +21,7 @@ LAYERS = (
     {"interop"},
     {"models", "samplers", "metrics", "data", "optim", "checkpoint", "writers", "sample_folder"},
     {"diffusion", "flops", "hlo", "topologies", "partition", "processes", "ops", "parameters", "schema"},
+    {"files"},
     {"errors"},
 )
 # Library -> where alone it may be imported.
