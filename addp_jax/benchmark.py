@@ -182,7 +182,7 @@ def benchmark(config: train.Config) -> dict:
     batch["label"] = np.zeros(config.batch_size, np.int32)
     dtype = partition.compute_dtype(config.dtype, program.mesh)
     with jax.set_mesh(program.mesh):
-        frozen = evaluate.place(program, task.load_frozen())
+        frozen = program.place(task.load_frozen())
         batch = jax.device_put(batch, partition.batch_sharding(program.mesh))
         peak, source = peak_flops(device, dtype)
         found = {"training step": lambda: training(config, program, frozen, batch)}

@@ -348,6 +348,15 @@ def _require_identity(root, identity):
         raise errors.UserError(f"{root} holds checkpoints of another run ({text}); use another --workdir")
 
 
+def differences(saved, identity):
+    old, new = (traverse_util.flatten_dict(tree, sep=".") for tree in (saved, identity))
+    return [
+        f"{name} was {old.get(name, 'absent')!r}, is {new.get(name, 'absent')!r}"
+        for name in sorted(old.keys() | new.keys())
+        if (name in old, old.get(name)) != (name in new, new.get(name))
+    ]
+
+
 def _read_identity(root):
     try:
         return json.loads((root / IDENTITY).read_text()) if (root / IDENTITY).exists() else None

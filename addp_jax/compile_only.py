@@ -102,7 +102,7 @@ PROGRAMS = {"train": training, "sample": sampling}
 def _kept(run: train.Run, networks):
     """Shapes of networks that are whole on every device."""
     everywhere = partition.replicated(run.mesh)
-    kept = jax.eval_shape(lambda networks: evaluate.compact(run, networks), networks)
+    kept = jax.eval_shape(lambda networks: run.compact(networks), networks)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), kept)
 
 

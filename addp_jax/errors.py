@@ -1,4 +1,4 @@
-"""The one exception that is meant for the person at the keyboard."""
+"""The exceptions that are meant for the person at the keyboard."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
     The message is one line that names the file or the config field and says
     what to do. `main.py` prints it without a traceback and exits with status 2.
     """
+
+
+class Unreadable(UserError):
+    """One file of many, an image as a rule, cannot be read; where the user asks for it, the others are used without it."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
+import os
 
 import jax
 import numpy as np
 
-from addp_jax import checkpoint, errors, parameters, partition, samplers, tasks, writers
+from addp_jax import errors, files, partition, samplers, writers
 from addp_jax.data import pipeline
-from addp_jax.interop import features, weights
+from addp_jax.interop import features
 from addp_jax.metrics import feature_sets
+from addp_jax.ops import keys
+from addp_jax.program import check_classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,17 +37,33 @@ class Config:
 
 def run(program, state, frozen) -> tuple[dict, dict]:
     """`(scalars, images)` of (averaged, where there is an average) parameters: the task's evaluation on
-    `config.eval_batches` batches (0 = all), and the distances of `config.evaluate`, if any."""
+    `config.eval_batches` batches (0 = the whole split), and the distances of `config.evaluate`, if any."""
     params = state.params if state.ema_params is None else state.ema_params
-    scalars, images = task_results(program, params, frozen)
+    config, source = program.config, program.source("eval")
+    wanted = config.eval_batches * config.batch_size
+    part = pipeline.Part(source, wanted) if 0 < wanted < len(source) else source
+    scalars, images = task_results(program, params, frozen, part)
     return scalars | distances(program, params, frozen)[0], images
 
 
-def task_results(program, params, frozen) -> tuple[dict, dict]:
-    config, task = program.config, program.task
-    source = tasks.open_source(task, "eval", config.data)
-    batches = on_device(program, source, config.batch_size)
-    return task.evaluate(params, frozen, itertools.islice(batches, config.eval_batches or None))
+def task_results(program, params, frozen, source) -> tuple[dict, dict]:
+    """The task's evaluation of all examples of `source`.
+
+    The scalars hold how many `images` were evaluated, `of` how many; of a part, the other names begin with `part/`.
+    """
+    if not len(source):
+        raise errors.UserError("config.data: the evaluation split is empty")
+    size = partition.batch_size(program.config.batch_size, program.mesh)
+    batches = on_device(program, source, size)
+    scalars, images = program.task.evaluate(params, frozen, batches)
+    used, of = len(source), total(source)
+    prefix = "part/" if used < of else ""
+    return {prefix + name: value for name, value in scalars.items()} | {"images": used, "of": of}, images
+
+
+def total(source) -> int:
+    """How many examples there are of which `source` may be a part."""
+    return total(source.source) if isinstance(source, pipeline.Part) else len(source)
 
 
 def on_device(program, source, batch_size: int):
@@ -68,27 +86,38 @@ def distances(program, params, frozen) -> tuple[dict, dict]:
     if not config.features:
         return {}, {}
     net, make, source = prepare(program)
-    sets = {name: (feature_sets.FeatureSet(), hashlib.blake2b(digest_size=8)) for name in ("real", "samples")}
     batch_size = partition.batch_size(config.batch_size, mesh)
+    real, samples = Images(net), Images(net)
     for index, batch in enumerate(on_device(program, source, batch_size)):
-        first = index * batch_size
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(config.seed), np.arange(first, first + batch_size))
-        made = make((params, frozen), (keys, batch["image"] / np.float32(255)))
-        for (gathered, digest), image in zip(sets.values(), (batch["image"], made)):
-            left = config.num_images - first
-            gathered.add({name: rows[:left] for name, rows in net(image).items()})
-            digest.update(np.ascontiguousarray(partition.whole(image)[:left]))
-    values = feature_sets.compare(*(gathered for gathered, _ in sets.values()))
+        numbers = np.arange(index * batch_size, (index + 1) * batch_size)
+        rngs = jax.vmap(jax.random.fold_in, (None, 0))(keys.of(config.seed, "samples"), numbers)
+        valid = partition.whole(batch["valid"])
+        real.add(batch["image"], valid)
+        samples.add(make((params, frozen), (rngs, batch["image"] / np.float32(255))), valid)
+    values, prefix = feature_sets.compare(real.features, samples.features), ""
     if reconstructs(program.task):
-        values = {"frechet": values["frechet"]}
-    prefix = "r" if reconstructs(program.task) else ""
-    named = feature_sets.named(values, net.name, config.num_images)
+        values, prefix = {"frechet": values["frechet"]}, "r"
+    count = len(real.features)
+    named = feature_sets.named(values, net.name, count)
     return {prefix + name: value for name, value in named.items()}, {
-        "protocol": f"{config.num_images} images of the evaluation split, spread evenly, and as many of the model's",
+        "protocol": f"{count} of {total(source)} images of the evaluation split, bicubic, and as many of the model's",
         "seed": config.seed,
         "features": {"network": net.name, "weights": net.weights},
-        **{name: {"images": config.num_images, "hash": digest.hexdigest()} for name, (_, digest) in sets.items()},
+        "real": {"images": count, "hash": real.digest.hexdigest()},
+        "samples": {"images": count, "hash": samples.digest.hexdigest()},
     }
+
+
+class Images:
+    """The features of images that come in batches, and a hash of their pixels."""
+
+    def __init__(self, net):
+        self.net, self.features, self.digest = net, feature_sets.FeatureSet(), hashlib.blake2b(digest_size=8)
+
+    def add(self, image, valid) -> None:
+        """`image` uint8 [B,H,W,3], of which those that are `valid` [B] count."""
+        self.features.add({name: rows[valid] for name, rows in self.net(image).items()})
+        self.digest.update(np.ascontiguousarray(partition.whole(image)[valid]))
 
 
 def reconstructs(task) -> bool:
@@ -100,63 +129,47 @@ def prepare(program):
 
     Raises UserError when `config.evaluate` asks for what is not there.
     """
-    config, task, data = program.config.evaluate, program.task, program.config.data
-    source = pipeline.open_source(data, "eval", task.image_size)
+    config, task = program.config.evaluate, program.task
+    source = program.source("eval")
     if len(source) < config.num_images:
         raise errors.UserError(
             f"config.evaluate.num_images: {config.num_images}, but the evaluation split has {len(source)} images; lower it"
         )
-    return *compiled(config, task, program.mesh), pipeline.Part(source, config.num_images)
+    make = images_of(task, program.mesh)
+    return feature_net(config.features, config.inception_weights, program.mesh), make, pipeline.Part(source, config.num_images)
+
+
+@functools.cache  # one network for all evaluations and all settings of a sweep
+def feature_net(name: str, weights: str, mesh):
+    return features.load(name, weights, mesh, "config.evaluate.features", "config.evaluate.inception_weights")
 
 
 @functools.cache  # the second evaluation compiles nothing
-def compiled(config: Config, task, mesh):
-    """(feature network, jitted `((params, frozen), (keys [B], images [B,H,W,3])) -> uint8 [B,H,W,3]`)."""
+def images_of(task, mesh):
+    """Jitted `((params, frozen), (keys [B], images [B,H,W,3])) -> uint8 [B,H,W,3]`: reconstructions or samples."""
     if reconstructs(task):
-        make = lambda nets, batch: samplers.to_uint8(task.reconstruct(*nets, batch[1]))
-    elif hasattr(task, "nets"):
-        make = samplers.per_device(task, 1.0, mesh)
-    else:
-        raise errors.UserError('config.evaluate.features: this task makes no images to compare; use ""')
-    fields = "config.evaluate.features", "config.evaluate.inception_weights"
-    return features.load(config.features, config.inception_weights, mesh, *fields), jax.jit(make)
-
-
-def read(program, workdir: str):
-    """The parameters of the newest checkpoint in `workdir`, as numpy arrays."""
-    params, info = checkpoint.load_params(workdir, ema=True)
-    params = weights.fit(params, program.state.params, workdir)
-    print(f"{workdir}: parameters of step {info['step']}")
-    return params
-
-
-def load(program, workdir: str):
-    """`(params, frozen)` on the mesh: parameters laid out as in training, frozen networks whole on every device."""
-    params, frozen = read(program, workdir), program.task.load_frozen()
-    layouts = jax.tree.map(lambda leaf: leaf.sharding, program.state.params)
-    return partition.put(params, {name: layouts[name] for name in params}), place(program, frozen)
-
-
-def place(program, networks):
-    """Networks whole on every device."""
-    return partition.put(compact(program, networks), partition.replicated(program.mesh))
-
-
-def compact(program, networks):
-    """Networks as they are kept on the devices: kernels in the dtype of the computation where the task allows it."""
-    dtype = partition.compute_dtype(program.config.dtype, program.mesh)
-    return parameters.compact(networks, getattr(program.task, "compact", ()), dtype)
+        return jax.jit(lambda nets, batch: samplers.to_uint8(task.reconstruct(*nets, batch[1])))
+    if hasattr(task, "nets"):
+        return jax.jit(samplers.per_device(task, 1.0, mesh))
+    raise errors.UserError('config.evaluate.features: this task makes no images to compare; use ""')
 
 
 def evaluate(program, workdir: str) -> None:
-    """`--mode=evaluate`: prints the results as one JSON line and writes the pictures to `workdir`."""
+    """`--mode=evaluate`: prints the results over the whole evaluation split as one JSON line, writes the pictures to `workdir`."""
+    folder = os.path.join(workdir, "evaluation")
+    files.require_writable(folder, "--workdir")
     with jax.set_mesh(program.mesh):
-        params, frozen = load(program, workdir)
-        scalars, images = task_results(program, params, frozen)
+        (params, frozen), identity = program.load(workdir)
+        source = program.source("eval")
+        if hasattr(program.task, "num_classes") and "data" in identity:
+            check_classes(workdir, identity["data"].get("classes"), source)
+        scalars, images = task_results(program, params, frozen, source)
         measures, provenance = distances(program, params, frozen)
-    if not scalars:
-        raise errors.UserError("config.data: the evaluation split is empty")
     if jax.process_index() == 0:
-        for path in writers.save_pictures(f"{workdir}/evaluation", images):
-            print(path)
-        print(json.dumps(scalars | measures | provenance))
+        try:
+            for path in writers.save_pictures(folder, images):
+                print(path)
+        except OSError as error:
+            raise errors.UserError(f"cannot write to {folder}: {files.reason(error)}") from error
+        finally:  # what was computed is printed whatever happens to the pictures
+            print(json.dumps(scalars | measures | provenance))

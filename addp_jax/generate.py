@@ -11,8 +11,11 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
-from addp_jax import errors, evaluate, parameters, partition, processes, sample_folder, samplers, starts, writers
+from addp_jax import (
+    errors, files, parameters, partition, processes, sample_folder, samplers, schema, starts, writers,
+)  # fmt: skip
 
 STRIP_COLUMNS = 20  # steps shown of a film strip, spread evenly
 GIF_FRAMES = 40
@@ -101,13 +104,14 @@ def generate(program, config: Config, workdir: str) -> None:
 
     Images that are there already are not drawn again. Raises UserError when all is written, if own images were unreadable.
     """
+    output = config.output or os.path.join(workdir, "generated")
+    files.require_writable(output, "config.generate.output")
     start = make_starts(program, config)
     with jax.set_mesh(program.mesh), contextlib.ExitStack() as stack:
-        params, frozen = evaluate.read(program, workdir), program.task.load_for_sampling()
+        params, frozen = program.load_for_sampling(workdir)
         settings = describe(program, config, start, params, frozen)
-        nets_params = evaluate.place(program, params), evaluate.place(program, frozen)
+        nets_params = program.place(params), program.place(frozen)
         first = jax.process_index() == 0  # it alone writes
-        output = config.output or os.path.join(workdir, "generated")
         folder = stack.enter_context(sample_folder.SampleFolder(output, settings)) if first else None
         draw_missing(program, config, start, nets_params, folder)
         strips = film_strips(program, config, start, nets_params)
@@ -121,9 +125,12 @@ def generate(program, config: Config, workdir: str) -> None:
 def describe(program, config: Config, start, params, frozen) -> dict:
     """Everything that an image depends on besides its number: equal settings give equal images."""
     sampler = dataclasses.asdict(program.task.sampler_config)
+    networks = traverse_util.flatten_dict(schema.identity(program.task.config, "network"), sep=".")
     return {
         "task": program.config.task,
         "seed": config.seed,
+        "dtype": partition.compute_dtype(program.config.dtype, program.mesh).name,
+        **networks,
         **{f"sampler.{name}": value for name, value in sampler.items()},
         **{f"weights of {name}": parameters.content_hash(tree) for name, tree in (params | frozen).items()},
         **start.settings(),

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from addp_jax import checkpoint, errors, schema, writers
-from addp_jax.data import pipeline, transforms
+from addp_jax import checkpoint, errors, files, schema, writers
+from addp_jax.data import image_set, pipeline, transforms
 from addp_jax.interop import features
+from addp_jax.metrics import classification as metrics
 
 NAMED = 0.8  # top class probability above which a sample counts as recognisable
 BATCH_SIZE = 64
@@ -34,7 +35,8 @@ class Judge:
         if "convnet" not in params or "model" not in identity:
             raise errors.UserError(f"{workdir} is no run of the task convnet; train one with --config=configs/demo_judge.py")
         self.net, self.params = features.convnet_of(workdir, params, identity)
-        self.data = schema.build(pipeline.Config, identity["data"], "config.data")
+        recorded = {name: value for name, value in identity["data"].items() if name not in ("classes", "content")}
+        self.data = schema.build(pipeline.Config, recorded | identity["location"], "config.data")
         self._predict = jax.jit(lambda params, image: jax.nn.softmax(self.net.apply({"params": params}, image)))
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
@@ -57,15 +59,6 @@ class Judge:
         return np.stack([e["image"] for e in examples]), np.array([e["label"] for e in examples]), names
 
 
-def judge(convnet_workdir: str, images: np.ndarray, class_names) -> dict:
-    """What the classifier in `convnet_workdir` sees in `images`, uint8 [N,H,W,3]; see `summary`.
-
-    Raises UserError if there is no such classifier, or the images are none.
-    """
-    check_images(images, "images")
-    return summary(Judge(convnet_workdir).probabilities(images), class_names)
-
-
 def summary(probs: np.ndarray, class_names) -> dict:
     """From class probabilities [N,C].
 
@@ -83,22 +76,10 @@ def summary(probs: np.ndarray, class_names) -> dict:
     }
 
 
-def check_images(images: np.ndarray, where: str) -> None:
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
-        raise errors.UserError(f"{where}: expected uint8 images [N,H,W,3], got {images.dtype} {list(images.shape)}")
-
-
 def read_samples(path: str) -> np.ndarray:
     """`arr_0` of the samples.npz of `--mode=generate`, uint8 [N,H,W,3]. Raises UserError naming the file."""
-    try:
-        with np.load(path) as file:
-            images = file["arr_0"]
-    # What is no npz makes numpy and zipfile raise nearly anything.
-    except Exception as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split("\n")[0]
-        raise errors.UserError(f"--samples={path}: {reason}; give a samples.npz written by --mode=generate") from error
-    check_images(images, f"--samples={path}")
-    return images
+    image_set.read_header(path, "--samples")
+    return image_set.read_arrays(path, ("arr_0",), "--samples")["arr_0"]
 
 
 def run(workdir: str, samples: str, output: str) -> dict:
@@ -107,7 +88,7 @@ def run(workdir: str, samples: str, output: str) -> dict:
     jury = Judge(workdir)
     real, labels, names = jury.held_out()
     probs, real_probs = jury.probabilities(images), jury.probabilities(real)
-    accuracy = float((real_probs.argmax(1) == labels).mean())
+    accuracy = float(metrics.in_top(real_probs, labels, 1).mean())
     result = {"samples": len(images), **summary(probs, names)}
     result["real"] = {"images": len(real), "accuracy": accuracy, "named": summary(real_probs, names)["named"]}
     result["protocol"] = (
@@ -130,17 +111,18 @@ def save(output: str, picture: np.ndarray) -> None:
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(prog="addp_jax.judge", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--judge", required=True, help="work directory of a run of the task convnet")
-    parser.add_argument("--samples", required=True, help="samples.npz of --mode=generate")
-    parser.add_argument("--output", default="", help="contact sheet, .png; default: judged.png beside the samples")
+    parser.add_argument("--judge", type=files.expand, required=True, help="work directory of a run of the task convnet")
+    parser.add_argument("--samples", type=files.expand, required=True, help="samples.npz of --mode=generate")
+    parser.add_argument("--output", type=files.expand, default="", help="contact sheet, .png; default: judged.png beside the samples")
     options = parser.parse_args(argv)
     output = options.output or str(pathlib.Path(options.samples).with_name("judged.png"))
     try:
         if not output.endswith(".png"):
             raise errors.UserError(f"--output={output}: give a file that ends in .png")
+        files.require_writable(pathlib.Path(output).parent, "--output")
         print(json.dumps(run(options.judge, options.samples, output)))
     except errors.UserError as error:
-        print("error:", error, file=sys.stderr)
+        print("error:", files.printable(str(error)), file=sys.stderr)
         sys.exit(2)
 
 

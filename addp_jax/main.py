@@ -8,14 +8,16 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from addp_jax import errors
+from addp_jax import errors, files
 
+MESSAGE_LENGTH = 2000  # characters of an error that are shown
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; any field can be set: --config.batch_size=64")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: checkpoints, logs, pictures")
-NOMINAL_STEPS = 1000  # of an epoch, where nothing is trained and the training split is not opened
+HELP = ("--help", "-help", "-h", "--helpshort", "--helpfull", "--helpxml")
+INTERRUPTED = 130  # exit status after Ctrl-C where there is nothing to save
 LIBTPU_STACK = "fibers_default_thread_stack_size"  # bytes; on its own 64 KiB the compiler of libtpu 0.0.42 dies of fused attention
 CONVERSIONS = ("import", "export")  # modes without a config
-MODES = ["train", "evaluate", "generate", "predict", "features", "robustness", "benchmark", "plan", *CONVERSIONS]
+MODES = ["train", "evaluate", "generate", "predict", "features", "robustness", "check", "benchmark", "plan", *CONVERSIONS]
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do; configs/base.py says what every field of config.MODE means")
 WEIGHTS = flags.DEFINE_multi_string(
     "weights", [], "import: weight file; export: run folder or file with a network that --workdir lacks. May be repeated"
@@ -38,24 +40,57 @@ JSON = flags.DEFINE_bool("json", False, "plan: print one JSON line")
 
 
 def parse(argv):
-    """Flags, with every mistake in one line."""
+    """Flags, with every mistake in one line; a request for help ends with status 0."""
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # configs import configs.base
     try:
+        require_config_file(argv)
         rest = flags.FLAGS(argv)
         if CONFIG.value is None and MODE.value not in CONVERSIONS:
             raise ValueError("--config is missing: give a file, such as --config=configs/demo_tokenizer.py")
         return rest
+    except SystemExit:  # only a request for help ends here, and absl calls it a failure
+        sys.exit(0 if any(argument in HELP for argument in argv[1:]) else 1)
+    except errors.UserError as error:
+        text = str(error)
     except Exception as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        text = unfolded(error)
+    print("error:", files.printable(text, MESSAGE_LENGTH), file=sys.stderr)
+    sys.exit(2)
+
+
+def unfolded(error: Exception) -> str:
+    """The message of an error of flags or of a config file, without the traceback that absl folds into some."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    folded = any(line.startswith("Traceback") for line in lines)
+    text = f"{lines[0]} {lines[-1]}" if folded else " ".join(lines)
+    if isinstance(error, (flags.Error, ValueError)) and text:
+        return text
+    return f"--config={CONFIG_ARGUMENT.get('path', '')}: {type(error).__name__}: {text}"
+
+
+CONFIG_ARGUMENT = {}  # {"path": of the config file}, once the arguments were looked at
+
+
+def require_config_file(argv) -> None:
+    """Raises UserError if the file of --config is not there: its own error is two tracebacks."""
+    values = [argument.split("=", 1)[1] for argument in argv if argument.startswith(("--config=", "-config="))]
+    values += [after for before, after in zip(argv, argv[1:]) if before in ("--config", "-config")]
+    for value in values:
+        path = CONFIG_ARGUMENT["path"] = files.expand(value.split(":", 1)[0])
+        if not os.path.isfile(path):
+            hint = f"; did you mean {path}.py?" if os.path.isfile(f"{path}.py") else ""
+            raise errors.UserError(f"--config={path}: {'no such file' if not os.path.exists(path) else 'not a file'}{hint}")
+        if not path.endswith(".py"):
+            raise errors.UserError(f"--config={path}: a config is a Python file that ends in .py")
 
 
 def convert() -> None:
     from addp_jax.interop import convert
 
+    paths, workdir = [files.expand(path) for path in WEIGHTS.value], files.expand(WORKDIR.value or "")
     if MODE.value == "import":
-        return convert.import_weights(WEIGHTS.value, WORKDIR.value)
-    return convert.export_weights(WORKDIR.value, WEIGHTS.value, OUTPUT.value, LAYOUT.value, EMA.value, FORCE.value)
+        return convert.import_weights(paths, workdir)
+    return convert.export_weights(workdir, paths, files.expand(OUTPUT.value or ""), LAYOUT.value, EMA.value, FORCE.value)
 
 
 def plan_run() -> None:
@@ -80,27 +115,30 @@ def run() -> None:
 
 
 def run_mode(config) -> None:
-    from addp_jax import benchmark, evaluate, generate, predict, robustness, schema, sweep, train
+    from addp_jax import benchmark, check, evaluate, generate, predict, program, robustness, schema, sweep, train
 
     if MODE.value == "benchmark":
         return benchmark.benchmark(config)
+    if MODE.value == "check":
+        return check.check(program.create(config))
     if not WORKDIR.value:
         raise errors.UserError("--workdir is missing: give a folder for checkpoints, logs and pictures")
+    workdir = files.expand(WORKDIR.value)
     if MODE.value == "train":
         print(CONFIG.value)
-        return train.train(config, WORKDIR.value)
-    program = train.build(config, num_train=config.batch_size * NOMINAL_STEPS)
+        return train.train(config, workdir)
+    made = program.create(config)
     if MODE.value == "evaluate":
-        return evaluate.evaluate(program, WORKDIR.value)
+        return evaluate.evaluate(made, workdir)
     if MODE.value in ("predict", "features"):
         over_images = predict.predict if MODE.value == "predict" else predict.write_features
-        return over_images(program, schema.build(predict.Config, config.predict, "config.predict"), WORKDIR.value)
+        return over_images(made, schema.build(predict.Config, config.predict, "config.predict"), workdir)
     if MODE.value == "robustness":
         settings = schema.build(robustness.Config, config.robustness, "config.robustness")
-        return robustness.robustness(program, settings, WORKDIR.value)
+        return robustness.robustness(made, settings, workdir)
     settings = schema.build(generate.Config, config.generate, "config.generate")
     draw = sweep.sweep if settings.sweep else generate.generate
-    return draw(program, settings, WORKDIR.value)
+    return draw(made, settings, workdir)
 
 
 def main(argv) -> None:
@@ -108,13 +146,17 @@ def main(argv) -> None:
         print(f"error: {argv[1]!r} is not a flag; see --help", file=sys.stderr)
         sys.exit(2)
     logging.set_verbosity(logging.WARNING)  # jax tells of every backend it does not find
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
         plan_run() if MODE.value == "plan" else convert() if MODE.value in CONVERSIONS else run()
     except errors.UserError as error:
         from addp_jax import processes
 
-        print(f"error: {processes.name()}{error}", file=sys.stderr)
+        print(f"error: {processes.name()}{files.printable(str(error), MESSAGE_LENGTH)}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def entry() -> None:

@@ -13,12 +13,11 @@ import json
 import os
 import pathlib
 import sys
-import zipfile
 
 import jax
 import numpy as np
 
-from addp_jax import errors, partition, writers
+from addp_jax import errors, files, partition, writers
 from addp_jax.data import image_set
 from addp_jax.interop import features
 from addp_jax.metrics import feature_sets, generation
@@ -85,7 +84,7 @@ def departures(protocol: Protocol, real, samples, net, has_moments: bool) -> lis
 
 
 def describe(images: image_set.ImageSet) -> dict:
-    return {"path": images.path, "images": len(images), "size": list(images.size), "hash": images.content_hash}
+    return {"path": files.printable(images.path), "images": len(images), "of": images.of, "size": list(images.size), "hash": images.content_hash}
 
 
 def gather(images: image_set.ImageSet, net, batch_size: int) -> feature_sets.FeatureSet:
@@ -105,13 +104,13 @@ def read_reference(real: image_set.ImageSet, net, batch_size: int, cache: str):
 
     A cached file is named by the hashes of images and weights, so it can be neither stale nor another network's.
     """
+    given = given_moments(real)  # before anything is computed
     folder = pathlib.Path(cache).expanduser()
     path = folder / f"{real.content_hash}-{len(real)}-{net.weights}.npz"
     reference = load_cached(path)
     if reference is None:
         reference = gather(real, net, batch_size)
         save_cached(path, reference)
-    given = given_moments(real)
     if given:
         if net.name != features.INCEPTION:
             raise errors.UserError(
@@ -122,18 +121,29 @@ def read_reference(real: image_set.ImageSet, net, batch_size: int, cache: str):
 
 
 def given_moments(real: image_set.ImageSet) -> dict:
-    """The Gaussians that an .npz has beside its images; {} = none."""
+    """The Gaussians that an .npz has beside its images; {} = none. Raises UserError if their shapes contradict each other."""
     if not real.path.endswith(".npz"):
         return {}
-    with np.load(real.path) as file:
-        return read_moments(file)
+    arrays = image_set.read_arrays(real.path, tuple(name for pair in MOMENTS.values() for name in pair), real.flag)
+    for mean, covariance in MOMENTS.values():
+        present = [name for name in (mean, covariance) if name in arrays]
+        if not present:
+            continue
+        shapes = [arrays[name].shape for name in present]
+        numeric = all(arrays[name].dtype.kind == "f" and np.isfinite(arrays[name]).all() for name in present)
+        if len(shapes) < 2 or not numeric or len(shapes[0]) != 1 or shapes[1] != shapes[0] * 2:
+            raise errors.UserError(
+                f"{real.flag}={real.path}: {mean} and {covariance} must be finite, [D] and [D,D]; the file has "
+                + ", ".join(f"{name} {arrays[name].dtype} {list(arrays[name].shape)}" for name in present)
+            )
+    return read_moments(arrays)
 
 
-def read_moments(file) -> dict:
+def read_moments(arrays) -> dict:
     return {
-        name: generation.Gaussian(file[mean].astype(np.float64), file[covariance].astype(np.float64))
+        name: generation.Gaussian(arrays[mean].astype(np.float64), arrays[covariance].astype(np.float64))
         for name, (mean, covariance) in MOMENTS.items()
-        if mean in file
+        if mean in arrays
     }
 
 
@@ -142,9 +152,9 @@ def load_cached(path: pathlib.Path):
     try:
         with np.load(path) as file:
             return feature_sets.FeatureSet.of(read_moments(file), file["pool"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # what is no npz makes numpy and zipfile raise nearly anything
         print(f"{path} is damaged ({error}); made again", file=sys.stderr)
         return None
 
@@ -156,26 +166,22 @@ def save_cached(path: pathlib.Path, reference: feature_sets.FeatureSet) -> None:
         arrays |= {mean: gaussian.mean, covariance: gaussian.covariance}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise errors.UserError(f"--cache={path.parent}: {reason}; give a folder that can be written to") from error
+        files.replace(path, lambda file: np.savez(file, **arrays))
+    except OSError as error:  # the figures are worth more than the cache
+        print(f"--cache={path.parent}: {files.reason(error)}; the features are not kept", file=sys.stderr)
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(prog="addp_jax.measure", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--real", required=True, help="folder of images, or .npz")
-    parser.add_argument("--samples", required=True, help="folder of images, or .npz")
-    parser.add_argument("--features", default=features.INCEPTION, help="inception, or work directory of a convnet or addp run")
-    parser.add_argument("--weights", default="", help="of Inception: pt_inception-2015-12-05-6726825d, .pth or .safetensors")
+    parser.add_argument("--real", type=files.expand, required=True, help="folder of images, or .npz")
+    parser.add_argument("--samples", type=files.expand, required=True, help="folder of images, or .npz")
+    parser.add_argument("--features", type=files.expand, default=features.INCEPTION, help="inception, or work directory of a convnet or addp run")
+    parser.add_argument("--weights", type=files.expand, default="", help="of Inception: pt_inception-2015-12-05-6726825d, .pth or .safetensors")
     parser.add_argument("--protocol", default="torch-fidelity", choices=PROTOCOLS)
     parser.add_argument("--num", type=int, default=0, help="images of each set, spread evenly; default: all")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--cache", default=CACHE, help=f"folder for the features of real images (default {CACHE})")
-    parser.add_argument("--output", default="", help="also write the JSON to this file")
+    parser.add_argument("--output", type=files.expand, default="", help="also write the JSON to this file")
     return parser.parse_args(argv)
 
 
@@ -207,17 +213,19 @@ def run(options) -> dict:
 def main(argv=None) -> None:
     options = parse(argv)
     try:
+        if options.output:
+            files.require_writable(os.path.dirname(options.output) or ".", "--output")
         print(text := json.dumps(run(options)))
         if options.output:
             write(options.output, text)
     except errors.UserError as error:
-        print("error:", error, file=sys.stderr)
+        print("error:", files.printable(str(error)), file=sys.stderr)
         sys.exit(2)
 
 
 def write(output: str, text: str) -> None:
     try:
-        pathlib.Path(output).write_text(text + "\n")
+        files.write_text(output, text + "\n")
     except OSError as error:
         raise errors.UserError(f"--output={output}: {error.strerror}") from error
 

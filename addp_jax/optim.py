@@ -9,12 +9,14 @@ import jax
 import numpy as np
 import optax
 
-from addp_jax import errors, parameters, partition
+from addp_jax import errors, parameters, partition, schema
 
 # Not decayed: what the release's rule (one dimension, or a name that ends in ".bias") leaves out. Judged by name,
 # since scanned parameters have a layer axis more than the release's.
 NOT_DECAYED = ("bias", "scale")
-LARS_TRUST, LARS_MOMENTUM = 1e-3, 0.9  # MAE's linear probe
+# MAE's linear probe. Departs from MAE: optax multiplies by the learning rate before the momentum, MAE after it; the two
+# are the same while the learning rate is constant.
+LARS_TRUST, LARS_MOMENTUM = 1e-3, 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,27 +24,22 @@ class Config:
     """AdamW or LARS with linear warm-up and half-cosine decay, per step."""
 
     optimizer: str = "adamw"  # adamw | lars (betas and eps do not count)
-    base_lr: float = 1e-4  # learning rate at a batch of 256; the real one is base_lr * batch / 256
-    min_lr: float = 0.0
-    warmup_epochs: float = 40.0  # or warmup_steps, where config.epochs is 0
-    warmup_steps: int = 0
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.05
+    base_lr: float = schema.field(1e-4, above=0)  # learning rate at a batch of 256; the real one is base_lr * batch / 256
+    min_lr: float = schema.field(0.0, least=0)
+    warmup_epochs: float = schema.field(40.0, least=0)  # or warmup_steps, where config.epochs is 0
+    warmup_steps: int = schema.field(0, least=0)
+    betas: tuple[float, float] = schema.field((0.9, 0.95), least=0, below=1)
+    eps: float = schema.field(1e-8, above=0)
+    weight_decay: float = schema.field(0.05, least=0)
     not_decayed: tuple[str, ...] = NOT_DECAYED  # ends of the names of parameters without weight decay
-    layer_decay: float = 1.0  # learning rate of each encoder layer relative to the one above it
-    clip_norm: float = 3.0  # global gradient norm; 0 = no clipping
-    accumulate: int = 1  # micro-batches per optimizer step
-    ema_decay: float = 0.0  # of the parameter average; 0 = none
+    layer_decay: float = schema.field(1.0, above=0, most=1)  # learning rate of each encoder layer relative to the one above it
+    clip_norm: float = schema.field(3.0, least=0)  # global gradient norm; 0 = no clipping
+    accumulate: int = schema.field(1, least=1)  # micro-batches per optimizer step
+    ema_decay: float = schema.field(0.0, least=0, below=1)  # of the parameter average; 0 = none
 
     def __post_init__(self):
-        for name, least in (("base_lr", 1e-30), ("accumulate", 1), ("clip_norm", 0), ("warmup_steps", 0)):
-            if getattr(self, name) < least:
-                raise errors.UserError(f"config.optim.{name}: {getattr(self, name)} is too small")
         if self.optimizer not in ("adamw", "lars"):
             raise errors.UserError(f"config.optim.optimizer: {self.optimizer!r}; use adamw or lars")
-        if not 0 < self.layer_decay <= 1:
-            raise errors.UserError(f"config.optim.layer_decay: {self.layer_decay}; use a fraction above 0, at most 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +51,18 @@ class Length:
 
 
 def length(config: Config, *, epochs: float, steps: int, num_train: int, batch_size: int) -> Length:
-    """Epochs (or steps) -> optimizer steps; an epoch drops its last incomplete batch, as the release's loader does."""
+    """Epochs (or steps) -> optimizer steps.
+
+    An epoch counts whole batches only, as the release's loader does. The pipeline itself drops nothing: it cuts an endless
+    stream of shuffled epochs into batches, so that a batch may hold the end of one epoch and the beginning of the next.
+    """
     if bool(epochs) == bool(steps):
         raise errors.UserError("config.epochs and config.steps: set exactly one of them (the other to 0)")
+    if num_train < batch_size:
+        raise errors.UserError(
+            f"config.data: {num_train} training examples, fewer than config.batch_size = {batch_size}; "
+            "lower config.batch_size or add images"
+        )
     if steps:
         return Length(steps, config.warmup_steps)
     per_epoch = num_train // batch_size
@@ -66,6 +72,8 @@ def length(config: Config, *, epochs: float, steps: int, num_train: int, batch_s
 def schedule(config: Config, run: Length, batch_size: int) -> optax.Schedule:
     """Learning rate at an optimizer step: linear from 0, then half cosine to `min_lr`."""
     peak = config.base_lr * batch_size / 256
+    if config.min_lr > peak:
+        raise errors.UserError(f"config.optim.min_lr: {config.min_lr} is above the learning rate, {peak:g}")
     if run.warmup >= run.total:
         raise errors.UserError(f"config.optim: warm-up of {run.warmup} steps in a run of {run.total} steps")
     return optax.join_schedules(

@@ -1,6 +1,7 @@
 """Trees of parameters: their names, what differs between two, their content hash."""
 
 import hashlib
+import math
 import re
 
 import jax
@@ -50,6 +51,11 @@ def content_hash(params):
         digest.update(f"{name}\0{array.dtype}\0{array.shape}\0".encode())
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
     return digest.hexdigest()
+
+
+def size(tree) -> int:
+    """Bytes of all arrays, or shapes with a dtype, of a pytree."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def named_leaves(tree):

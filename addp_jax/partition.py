@@ -68,7 +68,8 @@ class Config:
 def make_mesh(config: Config, devices=None) -> Mesh:
     """The mesh over `devices` (default: all). Raises UserError when the sizes do not multiply to their number."""
     devices = list(jax.devices() if devices is None else devices)
-    fsdp = math.gcd(len(devices), config.fsdp) if config.fsdp < -1 else config.fsdp
+    left = len(devices) // (max(config.data, 1) * max(config.tensor, 1))  # for fsdp, where it takes what divides
+    fsdp = math.gcd(left, config.fsdp) if config.fsdp < -1 else config.fsdp
     sizes = [config.data, fsdp, config.tensor]
     if sizes.count(-1) == 1:
         sizes[sizes.index(-1)] = len(devices) // max(1, -int(np.prod(sizes)))

@@ -6,16 +6,18 @@ import dataclasses
 import functools
 import json
 import os
+import pathlib
 
 import jax
 import numpy as np
 
-from addp_jax import errors, evaluate, partition, writers
+from addp_jax import errors, files, parameters, partition, schema, writers
 from addp_jax.data import features, pipeline, sources, transforms
 
 TOP = 5  # classes named per image
 FORMATS = ("npz", "array_record")
 NUM_PICTURES = 64  # images on the contact sheet
+MOST_NAMED = 20  # unreadable files in a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,37 +26,40 @@ class Config:
 
     images: str = ""  # folder of own images
     output: str = ""  # folder; "" = <workdir>/predictions or <workdir>/features
-    batch_size: int = 64
+    batch_size: int = schema.field(64, least=1)
     format: str = "npz"  # of features: npz | array_record
 
     def __post_init__(self):
         if self.format not in FORMATS:
             raise errors.UserError(f"config.predict.format: {self.format!r}; use {' or '.join(FORMATS)}")
-        if self.batch_size < 1:
-            raise errors.UserError(f"config.predict.batch_size: {self.batch_size}; use at least 1")
 
 
 def predict(program, config: Config, workdir: str) -> None:
     """Write `predictions.jsonl`, one line per image with its five most likely classes, and `predictions.png`."""
-    names = class_names(program)
-    output = config.output or os.path.join(workdir, "predictions")
-    source, rows = over_images(program, config, workdir, "logits")
-    if jax.process_index():
-        return
-    probs = np.asarray(jax.nn.softmax(np.concatenate([logits for logits, _ in rows])))
-    order = np.argsort(-probs, axis=1)[:, :TOP]
-    os.makedirs(output, exist_ok=True)
-    path = os.path.join(output, "predictions.jsonl")
-    with open(path, "w", encoding="utf-8") as file:
-        for i, top in enumerate(order):
-            scores = [[names[n], round(float(probs[i, n]), 4)] for n in top]
-            file.write(json.dumps({"image": os.path.relpath(source.path(i), source.root), "top": scores}) + "\n")
-    shown = range(min(len(source), NUM_PICTURES))
-    transform, rng = transform_of(program.task), np.random.default_rng(0)
-    images = np.stack([transform(source[i], rng)["image"] for i in shown])
-    captions = [f"{names[order[i, 0]]} {probs[i, order[i, 0]]:.0%}" for i in shown]
-    for written in (path, *writers.save_pictures(output, {"predictions": writers.contact_sheet(captions, images)})):
-        print(written)
+    output = output_of(config, os.path.join(workdir, "predictions"))
+    source, rows, skipped, identity = over_images(program, config, workdir, "logits")
+    names = class_names(program, identity, workdir)
+    if jax.process_index() == 0:
+        probs = np.asarray(jax.nn.softmax(np.concatenate([logits for logits, _, _ in rows])))
+        order = np.argsort(-probs, axis=1)[:, :TOP]
+        readable = np.concatenate([index for _, _, index in rows])
+        lines = []
+        for row, i in enumerate(readable):
+            scores = [[names[n], round(float(probs[row, n]), 4)] for n in order[row]]
+            lines.append(json.dumps({"image": os.path.relpath(source.path(i), source.root), "top": scores}) + "\n")
+        path = os.path.join(output, "predictions.jsonl")
+        shown = readable[:NUM_PICTURES]
+        transform, rng = transform_of(program.task), np.random.default_rng(0)
+        images = np.stack([transform(source[i], rng)["image"] for i in shown])
+        captions = [f"{names[order[row, 0]]} {probs[row, order[row, 0]]:.0%}" for row in range(len(shown))]
+        try:
+            files.write_text(path, "".join(lines))
+            print(path)
+            for picture in writers.save_pictures(output, {"predictions": writers.contact_sheet(captions, images)}):
+                print(picture)
+        except OSError as error:
+            raise errors.UserError(f"cannot write to {output}: {files.reason(error)}") from error
+    refuse_skipped(source, skipped)
 
 
 def write_features(program, config: Config, workdir: str) -> None:
@@ -63,52 +68,81 @@ def write_features(program, config: Config, workdir: str) -> None:
     `features.npz`: features float32 [N,D], labels int32 [N], classes and paths; `features.array_record`: one record
     per image (see `features.write_records`). The label is the number of the image's sub-folder, in sorted order.
     """
-    source, rows = over_images(program, config, workdir, "features")
-    if jax.process_index():
-        return
-    path = os.path.join(config.output or os.path.join(workdir, "features"), f"features.{config.format}")
-    paths = [os.path.relpath(source.path(i), source.root) for i in range(len(source))]
-    classes, labels = np.unique([os.path.dirname(name).split(os.sep)[0] for name in paths], return_inverse=True)
-    rows = [(np.concatenate([row for row, _ in rows]), labels)]
-    if config.format == "npz":
-        features.write(path, rows, classes, paths=np.array(paths))
-    else:
-        features.write_records(path, rows, paths)
-    print(path)
+    output = output_of(config, os.path.join(workdir, "features"))
+    source, rows, skipped, _ = over_images(program, config, workdir, "features")
+    if jax.process_index() == 0:
+        path = os.path.join(output, f"features.{config.format}")
+        readable = np.concatenate([index for _, _, index in rows])
+        paths = [os.path.relpath(source.path(i), source.root) for i in readable]
+        classes, labels = np.unique([os.path.dirname(name).split(os.sep)[0] for name in paths], return_inverse=True)
+        rows = [(np.concatenate([row for row, _, _ in rows]), labels)]
+        if config.format == "npz":
+            features.write(path, rows, classes, paths=np.array(paths))
+        else:
+            features.write_records(path, rows, [files.printable(name) for name in paths])
+        print(path)
+    refuse_skipped(source, skipped)
+
+
+def output_of(config: Config, default: str) -> str:
+    """The folder to write to. Raises UserError if it cannot be written to or lies among the images."""
+    output = config.output or default
+    if config.images:
+        images, place = (pathlib.Path(path).resolve() for path in (config.images, output))
+        if images == place or images in place.parents:
+            raise errors.UserError(f"config.predict.output: {output} lies among the images of {config.images}; give another folder")
+    files.require_writable(output, "config.predict.output")
+    return output
 
 
 def over_images(program, config: Config, workdir: str, name: str):
-    """`(source, rows)`: the images, and (result, label) of the task's function `name` on them, batch by batch."""
-    task, mesh = program.task, program.mesh
+    """What the task's function `name` says of the images.
+
+    Returns `(source, rows, skipped, identity)`: the images; (results, labels, positions in the source) batch by batch, of
+    those that can be read; the positions of the others; and the record of the run.
+    """
+    task, mesh, identity = program.task, program.mesh, {}
     if not hasattr(task, name):
         raise errors.UserError(f"config.task: {program.config.task} has no {name}; use classification or linear_probe")
     if not config.images:
         raise errors.UserError("config.predict.images is empty: give a folder of images")
     source = sources.open_folder(config.images, "config.predict.images")
-    batch_size = partition.batch_size(config.batch_size, mesh)
+    data = dataclasses.replace(program.config.data, on_unreadable="skip")
+    batch_size, rows, first = partition.batch_size(config.batch_size, mesh), [], 0
     with jax.set_mesh(mesh):
         if name == "features" and hasattr(task, "open_source"):  # of a frozen encoder: nothing needs to be trained
             nets = {}, partition.put(task.load_frozen(), partition.replicated(mesh))
         else:
-            nets = evaluate.load(program, workdir)
+            nets, identity = program.load(workdir)
         function = functools.partial(jax.jit(getattr(task, name)), *nets)
-        rows = list(features.batches_of(source, transform_of(task), function, program.config.data, batch_size, mesh))
-    return source, rows
+        for results, labels, valid in features.batches_of(source, transform_of(task), function, data, batch_size, mesh):
+            rows.append((results[valid], labels[valid], first + np.flatnonzero(valid)))
+            first += len(valid)
+    readable = np.concatenate([index for _, _, index in rows])
+    return source, rows, np.setdiff1d(np.arange(len(source)), readable), identity
+
+
+def refuse_skipped(source, skipped) -> None:
+    """Raises UserError naming the images that could not be read, once everything else is written."""
+    if len(skipped):
+        names = parameters.shortened([source.path(i) for i in skipped], MOST_NAMED)
+        raise errors.UserError(f"config.predict.images: {len(skipped)} of {len(source)} files cannot be read: {names}")
 
 
 def transform_of(task):
-    """The evaluation's transform, without its check of labels: own images have none."""
+    """The evaluation's transform, without its check of labels: a user's images have none."""
     return transforms.eval_image(task.image_size, task.config.crop_pct)
 
 
-def class_names(program) -> tuple[str, ...]:
-    """One per class of the network; numbers, said so, where the training data is not at hand and no file is given."""
-    config, count = program.config, program.task.num_classes
-    try:
-        known = pipeline.class_names(config.data, program.task.image_size)
-    except errors.UserError as error:
-        if config.data.class_names:
-            raise
-        print(f"classes are numbered ({error}); name them with --config.data.class_names=FILE")
-        known = ()
-    return (*known, *(f"class {n}" for n in range(len(known), count)))[:count]
+def class_names(program, identity: dict, workdir: str) -> tuple[str, ...]:
+    """One per class of the network: of config.data.class_names, else those that the run has on record, else numbers.
+
+    Where the data lies now does not matter. Raises UserError if the file has another number of names than the network.
+    """
+    path, count = program.config.data.class_names, program.task.num_classes
+    names = pipeline.class_names(path) if path else tuple(identity.get("data", {}).get("classes", ()))
+    if path and len(names) != count:
+        raise errors.UserError(f"config.data.class_names: {path} has {len(names)} names, but the network has {count} classes")
+    if not names:
+        print(f"classes are numbered: {workdir} has no names on record; name them with --config.data.class_names=FILE")
+    return (*names, *(f"class {n}" for n in range(len(names), count)))

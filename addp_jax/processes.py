@@ -85,29 +85,41 @@ def from_first(array) -> np.ndarray:
 
 
 class Interrupt:
-    """While entered, SIGTERM asks the loop to save and stop instead of killing the process.
+    """While entered, SIGTERM or Ctrl-C asks the loop to save and stop instead of killing the process.
 
-    Of several processes, one that gets it stops all of them, after the same step.
+    Of several processes, one that gets it stops all of them, after the same step. A second Ctrl-C ends this one at once.
+
+    Attributes:
+      requested: number of the signal that came; 0 = none.
     """
 
     def __init__(self):
-        self.requested = False
+        self.requested = 0
 
     def __enter__(self):
-        self._mine = not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread()
-        if self._mine:  # else jax has taken the signal
-            self._before = signal.signal(signal.SIGTERM, self._request)
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            # Of several processes jax takes SIGTERM and tells the others; Ctrl-C becomes one.
+            names = [signal.SIGINT] if jax.distributed.is_initialized() else [signal.SIGINT, signal.SIGTERM]
+            self._before = {name: signal.signal(name, self._request) for name in names}
         return self
 
     def after(self, step: int) -> bool:
         """Whether to stop now that `step` steps are done; to be asked after each."""
-        if jax.distributed.is_initialized():
-            self.requested = multihost_utils.reached_preemption_sync_point(step)
-        return self.requested
+        if jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(step):
+            self.requested = self.requested or signal.SIGTERM
+            return True
+        return bool(self.requested) and not jax.distributed.is_initialized()
 
-    def _request(self, *_):
-        self.requested = True
+    def _request(self, number, frame):
+        if number == signal.SIGINT:
+            if self.requested:
+                raise KeyboardInterrupt
+            print("\nstopping after this step, with a checkpoint; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+        self.requested = number
+        if jax.distributed.is_initialized():
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def __exit__(self, *_):
-        if self._mine:
-            signal.signal(signal.SIGTERM, self._before)
+        for name, handler in self._before.items():
+            signal.signal(name, handler)

@@ -11,8 +11,8 @@ import os
 import jax
 import numpy as np
 
-from addp_jax import errors, evaluate
-from addp_jax.data import features, pipeline, sources, transforms
+from addp_jax import errors, predict
+from addp_jax.data import features, sources, transforms
 from addp_jax.metrics import classification as metrics
 
 SUBSETS = ("imagenet_a", "imagenet_r", "imagenet_sketch")
@@ -40,11 +40,12 @@ def robustness(program, config: Config, workdir: str) -> None:
         raise errors.UserError(f"config.task: {program.config.task} names no classes; use classification or linear_probe")
     if not any(dataclasses.asdict(config).values()):
         raise errors.UserError("config.robustness: all folders are empty; give at least one")
-    names, result = pipeline.class_names(program.config.data, task.image_size), {}
-    if len(names) > task.num_classes:
-        raise errors.UserError(f"config.data.class_names: {len(names)} names, but the network has {task.num_classes} classes")
+    require_folders(config)
+    result = {}
     with jax.set_mesh(mesh):
-        top1 = Top1(program, names, functools.partial(jax.jit(task.logits), *evaluate.load(program, workdir)))
+        nets, identity = program.load(workdir)
+        names = predict.class_names(program, identity, workdir)
+        top1 = Top1(program, names, functools.partial(jax.jit(task.logits), *nets))
         for name in SUBSETS:
             if folder := getattr(config, name):
                 result[name] = top1(folder, f"config.robustness.{name}", task.config.crop_pct)
@@ -70,19 +71,31 @@ class Top1:
             source, transforms.eval_image(program.task.image_size, crop_pct), self.function, program.config.data,
             program.config.batch_size, program.mesh,
         )  # fmt: skip
-        for logits, labels in rows:
-            right.append(present[logits[:, present].argmax(1)] == labels)
+        for logits, labels, valid in rows:
+            right.append(metrics.in_top(logits[:, present], np.searchsorted(present, labels), 1)[valid])
         return float(np.concatenate(right).mean())
 
 
 def corruption_errors(top1, folder: str) -> dict[str, float]:
-    """{corruption: top-1 error, mean over the five severities}. Raises UserError if a folder is missing."""
-    folders = {name: [os.path.join(folder, name, str(level)) for level in SEVERITIES] for name in metrics.ALEXNET}
-    for path in itertools.chain(*folders.values()):  # told now, not hours later
-        if not os.path.isdir(path):
-            raise errors.UserError(f"config.robustness.imagenet_c: no folder {path!r}")
+    """{corruption: top-1 error, mean over the five severities}."""
     error = {}
-    for name, levels in folders.items():
+    for name, levels in corruptions(folder).items():
         error[name] = float(np.mean([1 - top1(level, "config.robustness.imagenet_c") for level in levels]))
         print(f"{name}: error {error[name]:.1%}", flush=True)
     return error
+
+
+def corruptions(folder: str) -> dict[str, list[str]]:
+    """{corruption: its folder for each severity}."""
+    return {name: [os.path.join(folder, name, str(level)) for level in SEVERITIES] for name in metrics.ALEXNET}
+
+
+def require_folders(config: Config) -> None:
+    """Raises UserError naming the first folder that is missing: now, not hours later."""
+    wanted = {name: [getattr(config, name)] for name in SUBSETS if getattr(config, name)}
+    if config.imagenet_c:
+        wanted["imagenet_c"] = list(itertools.chain(*corruptions(config.imagenet_c).values()))
+    for name, folders in wanted.items():
+        for path in folders:
+            if not os.path.isdir(path):
+                raise errors.UserError(f"config.robustness.{name}: no folder {path!r}")

@@ -17,10 +17,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from addp_jax import errors
+from addp_jax import errors, files
 
 READ_AT_ONCE = 64  # images read back, decoded, at a time
-TEMPORARY = ".tmp"
 
 
 class SampleFolder:
@@ -34,7 +33,7 @@ class SampleFolder:
         self._pending = []
         try:
             self._images.mkdir(parents=True, exist_ok=True)
-            for leftover in self._images.glob(f"*{TEMPORARY}"):
+            for leftover in self._images.glob(f"*{files.TEMPORARY}"):
                 leftover.unlink()
             self._require(json.loads(json.dumps(settings)))
         except OSError as error:
@@ -46,12 +45,13 @@ class SampleFolder:
         if not file.exists():
             if any(self._images.iterdir()):
                 raise errors.UserError(f"{self.path} holds images, but no settings.json that says of what: {advice}")
-            replace(file, lambda out: out.write(json.dumps(settings, indent=1).encode()))
+            files.replace(file, lambda out: out.write(json.dumps(settings, indent=1).encode()))
             return
         try:
-            found = json.loads(file.read_text())
+            found = files.read_json(file)
         except ValueError as error:
             raise errors.UserError(f"{file} cannot be read: {advice}") from error
+        found = found if isinstance(found, dict) else {}
         pairs = {name: (found.get(name), settings.get(name)) for name in found | settings}
         differ = [f"{name} {before}, now {now}" for name, (before, now) in pairs.items() if before != now]
         if differ:
@@ -66,7 +66,7 @@ class SampleFolder:
 
     def write(self, name: str, make) -> None:
         """Have a thread write what `make()` returns, uint8 [H,W,3]."""
-        save = lambda: replace(self.file(name), lambda out: Image.fromarray(make()).save(out, "png"))
+        save = lambda: files.replace(self.file(name), lambda out: Image.fromarray(make()).save(out, "png"))
         self._pending.append(self._threads.submit(save))
 
     def wait(self, allowed: int = 0) -> None:
@@ -94,7 +94,7 @@ class SampleFolder:
                     array.write(image.tobytes())
 
         try:
-            replace(self.path / "samples.npz", stream)
+            files.replace(self.path / "samples.npz", stream)
         except OSError as error:
             raise self._problem(error) from error
         return self.path / "samples.npz"
@@ -109,14 +109,6 @@ class SampleFolder:
         self._threads.shutdown(cancel_futures=kind is not None)
         if kind is None:
             self.wait()
-
-
-def replace(path: pathlib.Path, write) -> None:
-    """`write(file)` to a file beside `path` that then takes its name: `path` is never seen half written."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    with open(temporary, "wb") as file:
-        write(file)
-    os.replace(temporary, path)
 
 
 def is_intact(path: pathlib.Path) -> bool:

@@ -1,21 +1,53 @@
-"""From a user's ConfigDict to frozen dataclasses: the door at which ConfigDict stops."""
+"""From a user's ConfigDict to frozen dataclasses: the door at which ConfigDict stops.
+
+A field says in its dataclass what it may hold and what depends on it (`field`):
+
+    numbers are finite and within the field's range; a seed is a whole number from 0 to 2^32 - 1
+    a text that begins with `~` is a path in the home folder
+    matters=TRAINING: a trained network is the same whatever its value; NOTHING: no number of a run depends on it
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
 
-from addp_jax import errors
+from addp_jax import errors, files
+
+NETWORK, TRAINING, NOTHING = ("training", "network"), ("training",), ()  # what depends on a field
+LARGEST_SEED = 2**32 - 1
+
+
+def field(default=dataclasses.MISSING, *, least=-math.inf, most=math.inf, above=-math.inf, below=math.inf, matters=NETWORK):
+    """A dataclass field for numbers in [least, most], larger than `above` and smaller than `below`."""
+    metadata = {"least": least, "most": most, "above": above, "below": below, "matters": matters}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def identity(config, matters: str = "training") -> dict:
+    """The fields of a dataclass, as JSON takes them, on which training or a trained `network` depends."""
+    return {
+        entry.name: _plain(getattr(config, entry.name), matters)
+        for entry in dataclasses.fields(config)
+        if matters in entry.metadata.get("matters", NETWORK)
+    }
+
+
+def _plain(value, matters: str):
+    if dataclasses.is_dataclass(value):
+        return identity(value, matters)
+    return [_plain(entry, matters) for entry in value] if isinstance(value, (tuple, list)) else value
 
 
 def build(cls, fields: Mapping, where: str = "config"):
     """Make the frozen dataclass `cls` from a mapping, nested dataclasses included.
 
     Raises UserError naming the field as the user types it (`config.data.path`) when a field is
-    unknown, missing or of the wrong type.
+    unknown, missing, of the wrong type or out of its range.
     """
     if not isinstance(fields, Mapping):
         raise errors.UserError(f"{where}: expected a group of fields, got {fields!r}")
@@ -27,11 +59,34 @@ def build(cls, fields: Mapping, where: str = "config"):
             hint = f"did you mean {where}.{guess[0]}?" if guess else f"the fields are {', '.join(known)}"
             raise errors.UserError(f"{where}.{name}: no such field; {hint}")
     values = {name: convert(hints[name], fields[name], f"{where}.{name}") for name in fields}
-    for name, field in known.items():
-        no_default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    for name, entry in known.items():
+        no_default = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
         if name not in values and no_default:
             raise errors.UserError(f"{where}.{name}: this field has no value")
+        if name in values:
+            check_range(values[name], entry, f"{where}.{name}")
     return cls(**values)
+
+
+def check_range(value, entry: dataclasses.Field, where: str) -> None:
+    """Raises UserError for a number outside the range of its field."""
+    numbers = value if isinstance(value, tuple) else (value,)
+    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+        raise errors.UserError(f"{where}: {value}; use a finite number")
+    if entry.name == "seed" or entry.name.endswith("_seed"):
+        if not 0 <= value <= LARGEST_SEED:
+            raise errors.UserError(f"{where}: {value}; use a whole number from 0 to {LARGEST_SEED}")
+    limits = entry.metadata
+    if "least" not in limits:
+        return
+    low, high = max(limits["least"], limits["above"]), min(limits["most"], limits["below"])
+    for number in numbers:
+        if isinstance(number, (int, float)) and not (
+            limits["least"] <= number <= limits["most"] and limits["above"] < number < limits["below"]
+        ):
+            bounds = [f"{'above' if limits['above'] == low else 'at least'} {low:g}"] * (low > -math.inf)
+            bounds += [f"{'below' if limits['below'] == high else 'at most'} {high:g}"] * (high < math.inf)
+            raise errors.UserError(f"{where}: {value}; use {' and '.join(bounds)}")
 
 
 def convert(kind, value, where: str):
@@ -55,4 +110,4 @@ def convert(kind, value, where: str):
         return float(value)
     if kind is not typing.Any and type(value) is not kind:
         raise errors.UserError(f"{where}: expected {kind.__name__}, got {value!r}")
-    return value
+    return files.expand(value) if kind is str else value

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 
 from addp_jax import errors
 from addp_jax.data import own_images
 
 GREY = 128  # of what is hidden, in pictures
+LONGEST_NAME = 250  # bytes that a disk takes, less the ending; longer names are left out
 
 
 class FromNothing:
@@ -65,7 +68,8 @@ class FromImages:
         return len(self.own) * self.config.variants
 
     def name(self, i: int) -> str:
-        return f"{i:06d}_{self.own.name(i % len(self.own))}"
+        name = f"{i:06d}_{self.own.name(i % len(self.own))}"
+        return name if len(os.fsencode(name)) <= LONGEST_NAME else name[:6]
 
     def readable(self, i: int) -> bool:
         return self.own.files.path(i % len(self.own)) not in self.own.skipped

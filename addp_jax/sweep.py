@@ -62,8 +62,7 @@ def sweep(program, config: generate.Config, workdir: str) -> None:
     rows, lines = [], []
     progress = writers.Progress(len(programs), 0, unit="setting", enabled=first)
     with jax.set_mesh(program.mesh):
-        networks = evaluate.read(program, workdir), program.task.load_for_sampling()
-        nets_params = [evaluate.place(program, entry) for entry in networks]
+        nets_params = [program.place(networks) for networks in program.load_for_sampling(workdir)]
         numbers = np.arange(min(len(start), COLUMNS))
         padded = generate.padded(numbers, partition.batch_size(len(numbers), program.mesh))
         batch = partition.put(start.batch(padded), partition.batch_sharding(program.mesh))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-import signal
+import shutil
 from typing import Any
 
 import flax.struct
@@ -12,56 +13,50 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from addp_jax import checkpoint, errors, evaluate, optim, parameters, partition, processes, tasks, writers
-from addp_jax.data import pipeline
+from addp_jax import (
+    checkpoint, errors, evaluate, files, lock, optim, parameters, partition, processes, program, schema, writers,
+)  # fmt: skip
+from addp_jax.data import pipeline, sources
 from addp_jax.interop import weights
+from addp_jax.ops import keys
+
+SMALLEST_SHARE = 0.5  # of a checkpoint's bytes that it takes on the disk, compressed, at the very least
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The whole run; configs/base.py says what each field means."""
+    """The whole run; configs/base.py says what each field means. Of `model` the task's own Config says what matters."""
 
     task: str
     model: Any  # fields of the task's own Config
     seed: int
-    batch_size: int
-    epochs: float
-    steps: int
+    batch_size: int = schema.field(least=1)
+    epochs: float = schema.field(least=0)
+    steps: int = schema.field(least=0)
     dtype: str
-    log_every: int
-    eval_every: int
-    eval_batches: int
+    log_every: int = schema.field(least=1, matters=schema.NOTHING)
+    eval_every: int = schema.field(least=1, matters=schema.NOTHING)
+    eval_batches: int = schema.field(least=0, matters=schema.NOTHING)
     data: pipeline.Config
     optim: optim.Config
-    mesh: partition.Config
-    checkpoint: checkpoint.Config
-    generate: Any
-    predict: Any
-    robustness: Any
-    init: str = ""  # run folder or weight file that the trained network starts from; "" = random
-    evaluate: evaluate.Config = evaluate.Config()
-    # What may change between two starts of one run, because no number depends on it.
-    # The path of `init` may change as well: the content counts.
-    FREE = (
-        "init", "mesh", "checkpoint", "generate", "predict", "robustness", "evaluate",
-        "log_every", "eval_every", "eval_batches",
-    )  # fmt: skip
-    FREE_DATA = ("class_names", "workers", "threads", "prefetch")
-    # And the paths of weights: their content counts.
-    FREE_MODEL = ("sampler", "num_samples", "cache", "neighbours", "temperature")
+    mesh: partition.Config = schema.field(matters=schema.NOTHING)
+    checkpoint: checkpoint.Config = schema.field(matters=schema.NOTHING)
+    generate: Any = schema.field(matters=schema.NOTHING)
+    predict: Any = schema.field(matters=schema.NOTHING)
+    robustness: Any = schema.field(matters=schema.NOTHING)
+    # Run folder or weight file that the trained network starts from; "" = random. Its content matters, not its path.
+    init: str = schema.field("", matters=schema.NOTHING)
+    evaluate: evaluate.Config = schema.field(evaluate.Config(), matters=schema.NOTHING)
 
 
 def check(config: Config, mesh) -> None:
-    """Raises UserError for a batch that cannot be split over devices and micro-batches, and for empty intervals."""
+    """Raises UserError for a batch that cannot be split over devices and micro-batches."""
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.batch_size < 1 or config.batch_size % (devices * config.optim.accumulate):
+    if config.batch_size % (devices * config.optim.accumulate):
         raise errors.UserError(
             f"config.batch_size: {config.batch_size} is not a multiple of {devices} devices (config.mesh data x fsdp) "
             f"times {config.optim.accumulate} micro-batches (config.optim.accumulate)"
         )
-    for name in ("log_every", "eval_every"):
-        if getattr(config, name) < 1:
-            raise errors.UserError(f"config.{name}: {getattr(config, name)} steps; use at least 1")
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -73,18 +68,22 @@ class TrainState(flax.struct.PyTreeNode):
     ema_params: Any  # None without an average
 
 
-def identity(config: Config, frozen, initial) -> dict:
-    """What a run's numbers depend on, as JSON: the config without its FREE fields, and the hashes of given weights."""
-    fields = dataclasses.asdict(config)
-    kept = {name: value for name, value in fields.items() if name not in Config.FREE}
-    kept["data"] = {name: value for name, value in fields["data"].items() if name not in Config.FREE_DATA}
-    kept["model"] = {
-        name: value
-        for name, value in fields["model"].items()
-        if name not in Config.FREE_MODEL and not name.endswith("_weights")
+def identity(program: program.Program, frozen, initial) -> dict:
+    """What a run's numbers depend on, as JSON; it is compared whenever the run goes on or its networks are used.
+
+    The config's fields that matter, the dtype of the computation, the names of the classes in the order of the labels,
+    the content of the training data, and the content of frozen and initial weights. `location`, which is not compared, says
+    where the data lay at first.
+    """
+    config, source = program.config, program.source("train")
+    fields = schema.identity(config) | {
+        "model": schema.identity(program.task.config),
+        "dtype": partition.compute_dtype(config.dtype, program.mesh).name,
     }
+    fields["data"] |= {"classes": list(source.classes), "content": sources.fingerprint(source)}
+    location = {name: getattr(config.data, name) for name in ("path", "train_split", "eval_split", "num_eval")}
     hashes = lambda networks: {name: parameters.content_hash(params) for name, params in networks.items()}
-    return kept | {"frozen": hashes(frozen)} | ({"init": hashes(initial)} if initial else {})
+    return fields | {"location": location, "frozen": hashes(frozen)} | ({"init": hashes(initial)} if initial else {})
 
 
 def make_init(task, optimizer, config: Config):
@@ -120,7 +119,7 @@ def make_step(task, optimizer, schedule, config: Config):
         return grads, jax.tree.map(lambda values: values.mean(0), metrics)
 
     def step(state: TrainState, frozen, batch):
-        rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        rng = jax.random.fold_in(keys.of(config.seed, "training"), state.step)
         grads, metrics = gradients(state.params, frozen, batch, rng)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -137,22 +136,18 @@ def make_step(task, optimizer, schedule, config: Config):
     return step
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run(program.Program):
     """What the loop, and everything that must see the same program as the loop, works with."""
 
-    config: Config
-    task: Any
-    mesh: jax.sharding.Mesh
-    length: optim.Length
-    init: Any  # (rng, pretrained = None) -> TrainState
-    step: Any  # jitted (state, frozen, batch) -> (state, metrics)
-    state: TrainState  # shapes and shardings
-    source: Any  # the training split; None where it was not opened
+    length: optim.Length = dataclasses.field(kw_only=True)
+    init: Any = dataclasses.field(kw_only=True)  # jitted (rng, pretrained = None) -> TrainState
+    step: Any = dataclasses.field(kw_only=True)  # jitted (state, frozen, batch) -> (state, metrics)
+    state: TrainState = dataclasses.field(kw_only=True)  # shapes and shardings
 
 
 def build(config: Config, num_train: int = 0, mesh=None) -> Run:
-    """The jitted program of a config; nothing is computed yet.
+    """The jitted training program of a config; nothing is computed yet.
 
     Args:
       num_train: images in an epoch; 0 = open the training split and count.
@@ -160,17 +155,17 @@ def build(config: Config, num_train: int = 0, mesh=None) -> Run:
     """
     mesh = mesh or partition.make_mesh(config.mesh)
     check(config, mesh)
-    task = tasks.create(config.task, config.model, partition.compute_dtype(config.dtype, mesh))
-    source = None if num_train else tasks.open_source(task, "train", config.data)
-    num_train = num_train or len(source)
-    run = optim.length(
+    base = program.create(config, mesh)
+    task = base.task
+    num_train = num_train or len(base.source("train"))
+    length = optim.length(
         config.optim, epochs=config.epochs, steps=config.steps, num_train=num_train, batch_size=config.batch_size
     )
-    schedule = optim.schedule(config.optim, run, config.batch_size)
+    schedule = optim.schedule(config.optim, length, config.batch_size)
     optimizer = optim.build(config.optim, schedule)
     init = make_init(task, optimizer, config)
-    with jax.set_mesh(mesh):  # whose devices may exist in a plan only: nothing is computed, the key neither
-        shapes = jax.eval_shape(lambda: init(jax.random.key(config.seed)))
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(lambda: init(keys.of(config.seed, "parameters")))
     layout = partition.shardings(shapes, mesh)
     everywhere = partition.replicated(mesh)
     step = jax.jit(
@@ -180,44 +175,72 @@ def build(config: Config, num_train: int = 0, mesh=None) -> Run:
         donate_argnums=0,
     )
     state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, layout)
-    return Run(config, task, mesh, run, jax.jit(init, out_shardings=layout), step, state, source)
+    init = jax.jit(init, out_shardings=layout)
+    return Run(config, task, mesh, state.params, base.opened, length=length, init=init, step=step, state=state)
+
+
+def preflight(run: Run, workdir: str) -> None:
+    """All that can be known of the data before the first step: both splits, their classes, what evaluations need."""
+    run.source("train"), run.source("eval")
+    if run.config.evaluate.features:
+        evaluate.prepare(run)
+
+
+def require_room(run: Run, workdir: str) -> None:
+    """Raises UserError if `workdir` cannot be written to or its disk has no room for a checkpoint."""
+    files.require_writable(workdir, "--workdir")
+    needed, free = parameters.size(run.state), shutil.disk_usage(workdir).free
+    if free < SMALLEST_SHARE * needed:
+        raise errors.UserError(
+            f"--workdir {workdir}: a checkpoint takes {needed / 1e6:.0f} MB, and the disk has {free / 1e6:.0f} MB left"
+        )
 
 
 def train(config: Config, workdir: str) -> None:
     """Train to the end of the schedule, from the newest checkpoint in `workdir` if there is one."""
     run = build(config)
-    with jax.set_mesh(run.mesh), processes.Interrupt() as interrupt:
+    preflight(run, workdir)
+    with jax.set_mesh(run.mesh), processes.Interrupt() as interrupt, contextlib.ExitStack() as stack:
         frozen = run.task.load_frozen()
         initial = run.task.load_pretrained() if hasattr(run.task, "load_pretrained") else {}
         if config.init:
             initial = weights.fit(weights.read(config.init, field="config.init: "), run.state.params, f"config.init ({config.init})")
-        if config.evaluate.features:
-            evaluate.prepare(run)  # a mistake there is told before the first step
-        saver = checkpoint.Checkpointer(workdir, config.checkpoint, identity(config, frozen, initial))
-        frozen = evaluate.place(run, frozen)
-        state, start = saver.restore_latest(run.state) or (run.init(jax.random.key(config.seed), initial), 0)
-        if start >= run.length.total:
-            print(f"{workdir}: already trained to step {start} of {run.length.total}")
-            return
-        batches = pipeline.train_batches(
-            run.source, run.task.transform("train", config.data), seed=config.seed, batch_size=config.batch_size, start_step=start,
-            config=config.data, rows=partition.rows(run.mesh, config.batch_size),
-        )  # fmt: skip
-        log = Log(workdir, run, saver, start)
-        try:
-            with processes.noticing_losses():  # before what is below waits for all
+        require_room(run, workdir)
+        stack.enter_context(lock.hold(workdir))
+        saver = checkpoint.Checkpointer(workdir, config.checkpoint, identity(run, frozen, initial))
+        stack.enter_context(contextlib.closing(saver))
+        frozen = run.place(frozen)
+        state, start = saver.restore_latest(run.state) or (run.init(keys.of(config.seed, "parameters"), initial), 0)
+        finish(run, workdir, state, frozen, start, saver, interrupt)
+
+
+def finish(run: Run, workdir: str, state, frozen, start: int, saver, interrupt: processes.Interrupt) -> None:
+    """From step `start` to the end, or to a signal; first the evaluation at `start`, if the run was killed before it."""
+    config, total = run.config, run.length.total
+    due = bool(start) and (start % config.eval_every == 0 or start >= total)
+    first = jax.process_index() == 0  # it alone has the log
+    missing = due and not processes.agreed(not first or writers.holds(f"{workdir}/log.jsonl", start, "eval/"))
+    if start >= total and not missing:
+        print(f"{workdir}: already trained to step {start} of {total}")
+        return
+    with Log(workdir, run, saver, start) as log, processes.noticing_losses():  # before what is outside waits for all
+        if missing:
+            log.results(start, *evaluate.run(run, state, frozen))
+        if start < total:
+            batches = pipeline.train_batches(
+                run.source("train"), run.task.transform("train", config.data), seed=config.seed, batch_size=config.batch_size,
+                start_step=start, config=config.data, rows=partition.rows(run.mesh, config.batch_size),
+            )  # fmt: skip
+            with contextlib.closing(batches):
                 state = loop(run, state, frozen, start, batches, saver, log, interrupt)
-        finally:
-            batches.close()
-            saver.close()
-            log.close()
-    if interrupt.requested and int(state.step) < run.length.total:
+    if interrupt.requested and int(state.step) < total:
+        saver.wait()
         print(f"stopped by a signal at step {int(state.step)}; the same command goes on from there")
         processes.agreed(True)  # the first one may still be writing
-        raise SystemExit(128 + signal.SIGTERM)
+        raise SystemExit(128 + interrupt.requested)
 
 
-def loop(run: Run, state, frozen, start: int, batches, saver, log: "Log", interrupt: processes.Interrupt):
+def loop(run: Run, state, frozen, start: int, batches, saver, log: Log, interrupt: processes.Interrupt):
     """The loop itself. The order matters: a checkpoint is made *before* the batch that follows it is taken, and
     a step's metrics are read only once the following step has been dispatched."""
     config, total = run.config, run.length.total
@@ -274,8 +297,15 @@ class Log:
         self.writer.scalars(step, {f"eval/{name}": value for name, value in scalars.items()})
         self.writer.images(step, images)
 
-    def close(self) -> None:
-        self.progress.close()
-        self.writer.close()
-        if jax.process_index() == 0:
-            writers.curves(f"{self.workdir}/log.jsonl", f"{self.workdir}/curves.png")
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            self.progress.close()
+            self.writer.close()
+            if jax.process_index() == 0:
+                writers.curves(f"{self.workdir}/log.jsonl", f"{self.workdir}/curves.png")
+        except errors.UserError:
+            if kind is None:  # else the error that ends the run says more
+                raise

@@ -24,21 +24,21 @@ from PIL import Image, ImageDraw, ImageFont
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 
-from addp_jax import errors
+from addp_jax import errors, files
 
 PLAIN_SECONDS = 10.0  # between progress lines in a log file
 BAR_WIDTH = 24
 PANELS_PER_ROW = 5  # of the curves
 FLUSH_SECONDS = 10.0  # the most that a kill takes from the TensorBoard events
-HISTOGRAM_BINS = 64
 RATE_WINDOW = 20  # drawn lines over which steps/s is measured
 CAPTION_HEIGHT = 16
 GIF_SECONDS = 3.0  # of a film, before it rests
 NUMBERED_CLASSES = 20  # at most so many get their numbers written into the confusion picture
+SQUARE_CLASSES = 256  # of at most so many it shows which were taken for which: the matrix grows with their square
 
 
 class Writer:
-    """Writes scalars, images, histograms and texts of a run to its work directory.
+    """Writes scalars and images of a run to its work directory.
 
     Every method raises UserError if the work directory cannot be written to or is full.
     """
@@ -84,27 +84,6 @@ class Writer:
             save_pictures(self._workdir / "pictures", {f"{name}_{step:07d}": image for name, image in images.items()})
             for name, image in images.items():
                 self._write(step, summary=summary.image(name, image, dataformats="HWC"))
-
-    def histograms(self, step, arrays):
-        """arrays: {name: array of any shape}; values that are not finite are left out."""
-        if not self._enabled:
-            return
-        for name, array in arrays.items():
-            values = np.asarray(array, np.float32).ravel()
-            values = values[np.isfinite(values)]
-            if values.size:
-                with self._naming_errors():
-                    self._write(step, summary=summary.histogram(name, values, HISTOGRAM_BINS))
-
-    def text(self, name, text):
-        if self._enabled:
-            with self._naming_errors():
-                self._write(0, summary=summary.text(name, text))
-
-    def flush(self):
-        if self._enabled:
-            with self._naming_errors():
-                self._events.flush()
 
     def close(self):
         if self._enabled:
@@ -179,35 +158,47 @@ def contact_sheet(captions, images, columns=8):
     return grid(np.roll(cells, -CAPTION_HEIGHT, axis=1), columns)
 
 
-def confusion(matrix):
-    """The picture of a confusion matrix [C,C], rows are true classes: uint8 [H,W,3].
+def confusion(accuracy, matrix=None):
+    """A picture of how well each class is known: uint8 [H,W,3].
 
-    Each row is shown as shares of its class; beside it the accuracy of every class, from the worst to the best.
+    Args:
+      accuracy: float [C] of each class, nan where it has no examples; drawn from the worst to the best.
+      matrix: counts [C,C], rows are true classes; drawn beside it as shares of each row. None = too many classes.
     """
     from matplotlib import figure
     from matplotlib.backends import backend_agg
 
-    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    accuracy = np.diag(shares)[matrix.sum(1) > 0]
     canvas = backend_agg.FigureCanvasAgg(figure.Figure(figsize=(10, 5), dpi=100, layout="constrained"))
-    left, right = canvas.figure.subplots(1, 2)
-    left.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    left.set(title="true class (row) taken for (column)", xlabel="class", ylabel="class")
-    if len(matrix) <= NUMBERED_CLASSES:
-        left.set(xticks=range(len(matrix)), yticks=range(len(matrix)))
-        for row, column in np.argwhere(matrix):
-            shade = "white" if shares[row, column] > 0.5 else "black"
-            left.text(column, row, matrix[row, column], ha="center", va="center", color=shade, fontsize=7)
-    order = np.argsort(accuracy)
-    right.barh(range(len(order)), accuracy[order], height=1.0 if len(order) > NUMBERED_CLASSES else 0.8)
-    right.set(title="accuracy of each class", xlim=(0, 1), ylim=(-0.5, len(order) - 0.5))
-    numbers = np.flatnonzero(matrix.sum(1) > 0)[order]
-    if len(order) <= NUMBERED_CLASSES:
-        right.set_yticks(range(len(order)), numbers)
+    if matrix is None:
+        right = canvas.figure.subplots()
+    else:
+        left, right = canvas.figure.subplots(1, 2)
+        _draw_matrix(left, matrix)
+    known = np.flatnonzero(np.isfinite(accuracy))
+    numbers = known[np.argsort(accuracy[known])]
+    # Thousands of bars would take as many objects: a line shows the same.
+    if len(numbers) <= SQUARE_CLASSES:
+        right.barh(range(len(numbers)), accuracy[numbers], height=1.0 if len(numbers) > NUMBERED_CLASSES else 0.8)
+    else:
+        right.fill_betweenx(range(len(numbers)), accuracy[numbers])
+    right.set(title="accuracy of each class", xlim=(0, 1), ylim=(-0.5, len(numbers) - 0.5))
+    if len(numbers) <= NUMBERED_CLASSES:
+        right.set_yticks(range(len(numbers)), numbers)
     else:
         right.set(yticks=[], xlabel="worst: " + ", ".join(map(str, numbers[:NUMBERED_CLASSES])))
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
+
+
+def _draw_matrix(axes, matrix) -> None:
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    axes.set(title="true class (row) taken for (column)", xlabel="class", ylabel="class")
+    if len(matrix) <= NUMBERED_CLASSES:
+        axes.set(xticks=range(len(matrix)), yticks=range(len(matrix)))
+        for row, column in np.argwhere(matrix):
+            shade = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, matrix[row, column], ha="center", va="center", color=shade, fontsize=7)
 
 
 class Progress:
@@ -235,17 +226,24 @@ class Progress:
         if self._drawn != self._step:
             self._draw()
         if self._terminal:
-            self._stream.write("\n")
+            self._write("\n")
 
     def _draw(self):
         self._marks.append((time.monotonic(), self._step))
         self._drawn = self._step
         if self._terminal:
             columns = shutil.get_terminal_size().columns
-            self._stream.write("\r" + f"{self._bar()} {self._line()}"[: columns - 1] + "\x1b[K")
+            self._write("\r" + f"{self._bar()} {self._line()}"[: columns - 1] + "\x1b[K")
         else:
-            self._stream.write(self._line() + "\n")
-        self._stream.flush()
+            self._write(self._line() + "\n")
+
+    def _write(self, text):
+        """A reader that went away (a closed terminal, a broken pipe) must not end the run."""
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._enabled = False
 
     def _bar(self):
         done = min(self._step / self._total, 1.0) if self._total else 1.0
@@ -263,28 +261,6 @@ class Progress:
     def _rate(self):
         (first_time, first_step), (last_time, last_step) = self._marks[0], self._marks[-1]
         return (last_step - first_step) / (last_time - first_time) if last_time > first_time else 0.0
-
-
-class Profile:
-    """Traces the steps `first`..`last` into <workdir>/profile; last = 0 means never."""
-
-    def __init__(self, workdir, first, last, enabled=True):
-        self._folder = os.path.join(workdir, "profile")
-        self._steps = range(first, last + 1) if enabled and last else range(0)
-        self._tracing = False
-
-    def update(self, step):
-        """Call before `step` is dispatched."""
-        if step in self._steps and not self._tracing:
-            jax.profiler.start_trace(self._folder)
-            self._tracing = True
-        elif step not in self._steps:
-            self.close()
-
-    def close(self):
-        if self._tracing:
-            jax.profiler.stop_trace()
-            self._tracing = False
 
 
 def curves(log_path, out_png, keys=()):
@@ -317,7 +293,16 @@ def curves(log_path, out_png, keys=()):
                 axes.text(0.5, 0.5, "no data", ha="center")
             axes.set(title=key, xlabel="step")
             axes.grid(alpha=0.25)
-        canvas.savefig(out_png, dpi=150)
+        try:
+            files.replace(out_png, lambda file: canvas.savefig(file, dpi=150, format="png"))
+        except OSError as error:
+            raise errors.UserError(f"cannot write {out_png}: {files.reason(error)}") from error
+
+
+def holds(path, step: int, prefix: str) -> bool:
+    """Whether the log at `path` has a value of this step whose name begins with `prefix`."""
+    lines = _read_log(path) if os.path.exists(path) else []
+    return any(line["step"] == step and any(name.startswith(prefix) for name in line) for line in lines)
 
 
 def _drop_later_lines(path, start_step):
@@ -325,20 +310,18 @@ def _drop_later_lines(path, start_step):
     if not path.exists():
         return
     kept = [line for line in _read_log(path) if start_step and line["step"] <= start_step]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(temporary, path)
+    files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _read_log(path):
-    """The log's lines as dicts; a line torn by a kill is left out."""
+    """The log's lines as dicts; a line torn by a kill, or without the number of a step, is left out."""
     lines = []
     for text in pathlib.Path(path).read_text(errors="replace").splitlines():
         try:
             lines.append(json.loads(text))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-    return [line for line in lines if isinstance(line, dict) and "step" in line]
+    return [line for line in lines if isinstance(line, dict) and type(line.get("step")) is int]
 
 
 def _to_uint8(image):

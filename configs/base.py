@@ -25,7 +25,7 @@ def run(task: str, **model) -> ConfigDict:
         dtype="auto",  # of the computation: float32 on CPU, bfloat16 elsewhere; parameters are float32
         log_every=50,  # steps
         eval_every=5000,  # steps
-        eval_batches=8,  # batches per evaluation; 0 = the whole split
+        eval_batches=8,  # batches per evaluation while training, spread over the split; 0 = the whole split
         data=dict(
             source="image_folder",  # shapes | image_folder | meta_list | array_record | tfds
             path="data/imagenet",  # folder; tfds: its data_dir
@@ -34,6 +34,8 @@ def run(task: str, **model) -> ConfigDict:
             eval_split="val",
             num_train=0,  # images used; 0 = all (shapes: how many are generated)
             num_eval=0,
+            hold_out=True,  # of an image folder without splits, keep one image in twenty for evaluation
+            on_unreadable="stop",  # stop with the file's name | skip: take the next readable image, and say so
             crop_scale=(0.2, 1.0),  # area of the random resized crop (release: main_pretrain.py)
             flip=True,  # horizontally, half of the images
             max_objects=1,  # shapes: objects per image

@@ -41,7 +41,7 @@ def runs(tmp_path_factory):
         checkpoint.save_params(root / name, {name: jax.tree.map(np.asarray, params)}, {})
     with jax.set_mesh(run.mesh):
         frozen, state = run.task.load_frozen(), run.init(jax.random.key(0))
-        with contextlib.closing(checkpoint.Checkpointer(root / "addp", run.config.checkpoint, train.identity(run.config, frozen, {}))) as saver:
+        with contextlib.closing(checkpoint.Checkpointer(root / "addp", run.config.checkpoint, train.identity(run, frozen, {}))) as saver:
             for seed in range(2):
                 batch = {"image": np.random.default_rng(seed).integers(0, 256, (8, 16, 16, 3), np.uint8)}
                 state, _ = run.step(state, frozen, batch)
@@ -193,8 +193,8 @@ def test_imported_networks_are_loaded_for_evaluation_and_sampling_like_trained_o
     convert.import_weights([str(exported)], str(tmp_path))
     paths = dict(model__tokenizer_weights=str(tmp_path), model__predictor_weights=str(tmp_path))
     with jax.set_mesh(program(runs).mesh):
-        imported = evaluate.load(program(runs, **paths), str(tmp_path))
-        trained = evaluate.load(program(runs), str(runs / "addp"))
+        imported = program(runs, **paths).load(str(tmp_path))[0]
+        trained = program(runs).load(str(runs / "addp"))[0]
     assert_same(imported[0], trained[0])
 
 

@@ -48,7 +48,7 @@ def test_a_tokenizers_distance_is_that_of_its_reconstructions(mesh, judge):
     transform = program.task.transform("eval", program.config.data)
     real = np.stack([transform(source[i], None)["image"] for i in range(11)])
     made = samplers.to_uint8(program.task.reconstruct(params, frozen, real / np.float32(255)))
-    net = evaluate.compiled(program.config.evaluate, program.task, mesh)[0]
+    net = evaluate.feature_net(judge, "", mesh)
     gaussians = []
     for images in (real, np.asarray(made)):
         moments = generation.Moments(16)
@@ -83,7 +83,7 @@ def test_evaluation_in_the_loop_holds_the_distances(mesh, judge):
     program, params, frozen = build("demo_tokenizer", mesh, evaluate__features=judge)
     state = program.init(jax.random.key(0))
     scalars, images = evaluate.run(program, state, frozen)
-    assert "rfrechet_16" in scalars and "psnr" in scalars and "reconstructions" in images
+    assert "rfrechet_16" in scalars and "part/psnr" in scalars and (scalars["images"], scalars["of"]) == (8, 16) and "reconstructions" in images
 
 
 @pytest.mark.parametrize(

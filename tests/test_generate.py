@@ -95,8 +95,7 @@ def test_inpainting_keeps_the_own_pixels_skips_what_is_unreadable_and_says_so(pr
 def test_a_mask_ratio_of_0_is_the_tokenizers_reconstruction(program, trained, photos, tmp_path):
     with pytest.raises(errors.UserError, match="1 of 4"):
         run(program, trained, tmp_path, images=str(photos), mask_ratio=0.0, strips=0)
-    networks = evaluate.read(program, str(trained / "addp")), program.task.load_for_sampling()
-    params, frozen = (evaluate.place(program, entry) for entry in networks)
+    params, frozen = (program.place(entry) for entry in program.load_for_sampling(str(trained / "addp")))
     nets = program.task.nets(params, frozen)
     own = pixels(photos / "a.png")[None] / np.float32(255)
     expected = np.asarray(jax.jit(lambda image: samplers.to_uint8(samplers.reconstruct(nets, image)))(own)).astype(int)

@@ -134,7 +134,7 @@ def test_a_tensor_of_another_shape_is_refused_before_it_is_used(name):
 
 def test_random_weights_have_the_networks_shapes_and_are_always_the_same():
     init = lambda rng: {"kernel": jax.random.normal(rng, (2, 3))}
-    one, two = (weights.load("random", "tokenizer", init, "config.x") for _ in range(2))
+    one, two = (weights.load("random", "tokenizer", init, None, "config.x") for _ in range(2))
     assert isinstance(one["kernel"], np.ndarray)
     np.testing.assert_array_equal(one["kernel"], two["kernel"])
 
@@ -143,4 +143,4 @@ def test_random_weights_have_the_networks_shapes_and_are_always_the_same():
 def test_weights_that_are_not_there_name_the_field_and_how_to_get_them(path, problem):
     for name in NETWORKS:
         with pytest.raises(errors.UserError, match=f"^config.model.some_weights.*{problem}.*train one with --config=configs/"):
-            weights.load(path, name, None, "config.model.some_weights")
+            weights.load(path, name, None, None, "config.model.some_weights")

@@ -56,6 +56,61 @@ def test_the_config_is_missing():
     assert_refused("--workdir=x", names=("--config",))
 
 
+@pytest.mark.parametrize(
+    "argument, names",
+    [
+        ("configs/vitbb.py", ("--config=configs/vitbb.py", "no such file")),
+        ("configs/vitb", ("no such file", "configs/vitb.py")),
+        ("configs/vitb.py:small", (":small",)),
+        ("configs", ("not a file",)),
+        ("README.md", ("ends in .py",)),
+    ],
+)
+def test_a_mistyped_config_file_is_one_line(argument, names):
+    assert_refused(f"--config={argument}", "--workdir=x", names=names)
+
+
+def test_a_config_file_with_a_mistake_is_one_line(tmp_path):
+    for text, name in (("def get_config(:", "SyntaxError"), ("import nothing_at_all", "nothing_at_all"), ("x = 1", "get_config")):
+        (tmp_path / "own.py").write_text(text)
+        assert_refused(f"--config={tmp_path / 'own.py'}", "--workdir=x", names=(name,))
+
+
+@pytest.mark.parametrize("argument", ("--help", "--helpshort"))
+def test_a_request_for_help_is_no_failure(argument):
+    status, output, _ = call(argument)
+    assert status == 0 and "--config" in output
+
+
+@pytest.mark.parametrize(
+    "config, flag, names",
+    [
+        ("demo_classification", "--config.model.net.encoder.image_size=18", ("18", "patch_size=4")),
+        ("demo_tokenizer", "--config.seed=-1", ("config.seed", "-1")),
+        ("demo_tokenizer", "--config.optim.base_lr=nan", ("config.optim.base_lr", "finite")),
+        ("demo_tokenizer", "--config.eval_batches=-1", ("config.eval_batches",)),
+        ("demo_tokenizer", "--config.batch_size=0", ("config.batch_size",)),
+        ("demo_predictor", "--config.model.num_samples=0", ("config.model.num_samples",)),
+        ("demo_addp", "--config.model.masks.group=0", ("config.model.masks.group",)),
+        ("demo_addp", "--config.model.net.encoder.dropout=1.0", ("config.model.net.encoder.dropout",)),
+    ],
+)
+def test_values_out_of_range_are_one_line(tmp_path, config, flag, names):
+    assert_refused(f"--config=configs/{config}.py:tiny", f"--workdir={tmp_path / 'run'}", flag, names=names)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_evaluation_split_is_told_before_the_first_step(tmp_path):
+    write_images(tmp_path / "data" / "train" / "a", 20)
+    folder = f"--config.data.path={tmp_path / 'data'}"
+    assert_refused(TINY, f"--workdir={tmp_path / 'run'}", *FOLDER, folder, names=("val", "config.data.eval_split"))
+
+
+def test_the_home_folder_is_meant_by_a_tilde(tmp_path):
+    status, _, problems = call("--mode=export", "--workdir=~/run", "--layout=vqgan", "--output=x.safetensors")
+    assert status == 2 and os.path.expanduser("~/run") in problems
+
+
 def test_a_misspelt_field_is_named(tmp_path):
     assert_refused(TINY, f"--workdir={tmp_path}", "--config.data.sorce=shapes", names=("sorce",))
 
@@ -144,15 +199,16 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
-def test_sigterm_saves_and_stops(tmp_path):
+@pytest.mark.parametrize("number, expected", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_stops(tmp_path, number, expected):
     process = start(TINY, f"--workdir={tmp_path}", "--config.steps=100000", "--config.checkpoint.every=100000", "--config.eval_every=100000")
     log = tmp_path / "log.jsonl"
     deadline = time.time() + 200
     while not (log.exists() and log.read_text().count("\n") > 3) and time.time() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, problems = process.communicate(timeout=120)
-    assert process.returncode == 143 and "goes on from there" in output, problems
+    assert process.returncode == expected and "goes on from there" in output and "Traceback" not in problems, problems
     assert any(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir())
 
 

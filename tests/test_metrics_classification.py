@@ -1,5 +1,6 @@
 """Accuracy, confusion and mCE."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -21,7 +22,23 @@ def test_cross_entropy_of_large_logits_is_finite():
 def test_confusion_has_true_classes_as_rows():
     matrix = metrics.confusion([0, 0, 2], [0, 1, 2], 3)
     np.testing.assert_array_equal(matrix, [[1, 1, 0], [0, 0, 0], [0, 0, 1]])
-    np.testing.assert_array_equal(metrics.class_accuracy(matrix), [0.5, np.nan, 1.0])
+    np.testing.assert_array_equal(metrics.class_accuracy(np.diag(matrix), matrix.sum(1)), [0.5, np.nan, 1.0])
+
+
+@pytest.mark.parametrize("xp", (np, jnp))
+def test_ties_and_scores_that_are_not_finite_are_never_hits(xp):
+    same = np.zeros((3, 3))
+    assert not metrics.in_top(same, np.arange(3), 1, xp).any() and metrics.in_top(same, np.arange(3), 5, xp).all()
+    assert list(metrics.in_top([[1.0, 1.0, 0.0], [1.0, 0.5, 0.0]], [0, 0], 1, xp)) == [False, True]
+    for bad in (np.nan, np.inf, -np.inf):
+        assert not metrics.in_top(np.full((3, 3), bad), np.arange(3), 3, xp).any()
+    assert not metrics.in_top([[1.0, np.nan, 0.0]], [0], 1, xp).any() and not metrics.in_top([[1.0, np.inf]], [0], 1, xp).any()
+    assert metrics.in_top([[1.0, -np.inf]], [0], 1, xp).all()
+
+
+def test_hits_of_many_places_at_once():
+    logits = np.random.default_rng(0).normal(size=(2, 5, 7))
+    np.testing.assert_array_equal(metrics.in_top(logits, logits.argmax(-1), 1), np.ones((2, 5), bool))
 
 
 def test_alexnet_has_an_mce_of_one_and_no_error_has_none():

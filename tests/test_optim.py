@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import released
 
-from addp_jax import errors, optim
+from addp_jax import errors, optim, schema
 
 
 @pytest.mark.parametrize("name", ["pre_base", "pre_large", "ft_base", "ft_large"])
@@ -54,10 +54,17 @@ def test_clipping_bounds_the_gradient_norm_that_adam_sees():
     np.testing.assert_allclose(np.linalg.norm(first_moment), 0.1, rtol=1e-5)  # (1 - beta1) * 1.0
 
 
-@pytest.mark.parametrize("change", [dict(optimizer="sgd"), dict(layer_decay=0.0), dict(layer_decay=1.5)])
+OUT_OF_RANGE = (
+    ("layer_decay", 0.0), ("layer_decay", 1.5), ("ema_decay", 1.5), ("ema_decay", 1.0), ("betas", (0.9, 1.0)), ("eps", 0.0),
+    ("weight_decay", -0.1), ("min_lr", -1.0), ("warmup_steps", -1), ("warmup_epochs", -1.0), ("base_lr", 0.0), ("clip_norm", -1.0),
+    ("accumulate", 0), ("base_lr", float("nan")),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [dict(optimizer="sgd"), *({name: value} for name, value in OUT_OF_RANGE)])
 def test_unknown_optimizers_and_layer_decays_out_of_range_are_refused(change):
     with pytest.raises(errors.UserError, match=f"config.optim.{list(change)[0]}"):
-        optim.Config(**change)
+        schema.build(optim.Config, change, "config.optim")
 
 
 def test_layers_learn_the_slower_the_deeper_they_lie():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from addp_jax import errors
+from addp_jax import errors, schema
 from addp_jax.data import pipeline, shapes, transforms
 
 CONFIG = pipeline.Config()
@@ -264,15 +264,16 @@ def test_shapes_have_a_default_size_and_the_wanted_image_size():
     [
         ({"source": "imagefolder"}, "config.data.source = 'imagefolder'; choose shapes"),
         ({"source": "image_folder"}, "config.data.path is empty"),
-        ({"num_train": -1}, "config.data.num_train = -1"),
-        ({"workers": -1}, "config.data.workers = -1"),
+        ({"num_train": -1}, "config.data.num_train: -1; use at least 0"),
+        ({"workers": -1}, "config.data.workers: -1; use at least 0"),
+        ({"on_unreadable": "ignore"}, "config.data.on_unreadable: 'ignore'; use stop or skip"),
         ({"crop_scale": (0.5, 0.2)}, "config.data.crop_scale"),
         ({"max_objects": 0}, "config.data.max_objects"),
     ],
 )
 def test_wrong_fields_are_named(fields, match):
     with pytest.raises(errors.UserError, match=match):
-        pipeline.open_source(pipeline.Config(**fields), "train")
+        pipeline.open_source(schema.build(pipeline.Config, fields, "config.data"), "train")
 
 
 def device_sharding():

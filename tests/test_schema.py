@@ -123,3 +123,53 @@ def test_a_tuple_of_fixed_length_has_that_length(betas):
     assert schema.build(Pair, {"betas": (0.9, 1)}).betas == (0.9, 1.0)
     with pytest.raises(errors.UserError, match=r"config.betas: expected 2 values, got \("):
         schema.build(Pair, {"betas": betas})
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranged:
+    share: float = schema.field(0.5, above=0, most=1)
+    rate: float = schema.field(0.1, least=0, below=1, matters=schema.TRAINING)
+    count: int = schema.field(1, least=1)
+    betas: tuple[float, float] = schema.field((0.9, 0.99), least=0, below=1)
+    place: str = schema.field("", matters=schema.NOTHING)
+    seed: int = 0
+    data_seed: int = 0
+    inner: Inner = Inner("x")
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"share": 0.0}, "config.share: 0.0; use above 0 and at most 1"),
+        ({"rate": 1.0}, "config.rate: 1.0; use at least 0 and below 1"),
+        ({"count": 0}, "config.count: 0; use at least 1"),
+        ({"betas": (0.9, 1.0)}, "config.betas: (0.9, 1.0); use at least 0 and below 1"),
+        ({"rate": float("nan")}, "config.rate: nan; use a finite number"),
+        ({"share": float("inf")}, "config.share: inf; use a finite number"),
+        ({"seed": -1}, "config.seed: -1; use a whole number from 0 to 4294967295"),
+        ({"data_seed": 2**32}, "config.data_seed: 4294967296; use a whole number from 0 to 4294967295"),
+        ({"inner": {"path": "x", "betas": (float("-inf"),)}}, "config.inner.betas: (-inf,); use a finite number"),
+    ],
+)
+def test_numbers_out_of_range_are_named(changes, expected):
+    with pytest.raises(errors.UserError) as caught:
+        schema.build(Ranged, changes)
+    assert str(caught.value) == expected
+
+
+def test_the_ends_of_a_range():
+    built = schema.build(Ranged, {"share": 1.0, "rate": 0.0, "betas": (0, 0), "seed": 2**32 - 1})
+    assert (built.share, built.rate, built.betas, built.seed) == (1.0, 0.0, (0.0, 0.0), 2**32 - 1)
+
+
+def test_texts_that_begin_with_a_tilde_are_paths_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/house")
+    assert build(data={"path": "~/pics"}).data.path == "/house/pics" and build(data={"path": "pics~"}).data.path == "pics~"
+
+
+def test_identity_holds_what_matters_as_json_takes_it():
+    ranged = Ranged(inner=Inner("y", sizes=(1, 2)))
+    inner = {"path": "y", "betas": [0.9, 0.95], "sizes": [1, 2]}
+    network = {"share": 0.5, "count": 1, "betas": [0.9, 0.99], "seed": 0, "data_seed": 0, "inner": inner}
+    assert schema.identity(ranged, "network") == network
+    assert schema.identity(ranged) == network | {"rate": 0.1}

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from addp_jax import errors
-from addp_jax.data import pack, sources, transforms
+from addp_jax.data import pack, prepared, sources, transforms
 
 
 def jpeg(seed=0, height=12, width=16):
@@ -185,7 +185,7 @@ def packed(folder, tmp_path):
 
 
 def test_packing_keeps_every_byte_and_the_order(folder, packed):
-    source, records = sources.ImageFolder(str(folder)), sources.ArrayRecord(str(packed), "train")
+    source, records = sources.ImageFolder(str(folder)), prepared.ArrayRecord(str(packed), "train")
     assert len(records) == len(source) == 6 and records.classes == source.classes
     for i in range(6):
         assert records[i]["image"] == source[i]["image"]
@@ -202,14 +202,14 @@ def test_packed_folder_holds_complete_files_only(packed):
 
 def test_shards_are_found_by_glob_and_both_splits_share_a_folder(folder, packed):
     assert pack.main(["--input", str(folder), "--output", str(packed), "--split", "val"]) == 0
-    assert len(sources.ArrayRecord(str(packed), "val")) == 2
-    assert len(sources.ArrayRecord(str(packed / "*.array_record"), "train")) == 6
+    assert len(prepared.ArrayRecord(str(packed), "val")) == 2
+    assert len(prepared.ArrayRecord(str(packed / "*.array_record"), "train")) == 6
 
 
 def test_packing_a_meta_list(folder, tmp_path):
     write(folder / "meta/train.txt", b"cat/x.png 5\n")
     pack.pack(str(folder), str(tmp_path / "out"))
-    assert sources.ArrayRecord(str(tmp_path / "out"))[0]["label"] == 5
+    assert prepared.ArrayRecord(str(tmp_path / "out"))[0]["label"] == 5
 
 
 def test_packing_refuses_to_overwrite(folder, packed, capsys):
@@ -229,18 +229,18 @@ def test_packing_names_a_bad_image_and_leaves_nothing(folder, tmp_path, capsys):
 def test_missing_shard_is_counted(packed):
     (packed / "train-00002-of-00004.array_record").unlink()
     with pytest.raises(errors.UserError, match="3 of 4 train shards"):
-        sources.ArrayRecord(str(packed), "train")
+        prepared.ArrayRecord(str(packed), "train")
 
 
 def test_folder_without_shards_says_how_to_make_them(packed):
     with pytest.raises(errors.UserError, match=r"no val-\*.*addp_jax.data.pack"):
-        sources.ArrayRecord(str(packed), "val")
+        prepared.ArrayRecord(str(packed), "val")
 
 
 def test_shard_of_another_format_is_a_user_error(packed):
     write(packed / "train-00002-of-00004.array_record", b"not a shard" * 1000)
     with pytest.raises(errors.UserError, match="config.data.path"):
-        sources.ArrayRecord(str(packed), "train")
+        prepared.ArrayRecord(str(packed), "train")
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +272,7 @@ def tfds_folder(tmp_path_factory):
 
 
 def test_tfds_gives_encoded_images_labels_and_names(tfds_folder):
-    source = sources.Tfds("tiny_pictures", "train", str(tfds_folder))
+    source = prepared.Tfds("tiny_pictures", "train", str(tfds_folder))
     assert len(source) == 5 and source.classes == ("a", "b")
     found = {(source[i]["image"], int(source[i]["label"])) for i in range(5)}
     assert found == {(jpeg(i), i % 2) for i in range(5)}
@@ -282,16 +282,16 @@ def test_tfds_gives_encoded_images_labels_and_names(tfds_folder):
 
 
 def test_tfds_split_syntax(tfds_folder):
-    assert len(sources.Tfds("tiny_pictures", "train[:2]", str(tfds_folder))) == 2
+    assert len(prepared.Tfds("tiny_pictures", "train[:2]", str(tfds_folder))) == 2
 
 
 def test_tfds_failures_say_what_to_do(tfds_folder, tmp_path):
     with pytest.raises(errors.UserError, match=r"has no 'val', it has train"):
-        sources.Tfds("tiny_pictures", "val", str(tfds_folder))
+        prepared.Tfds("tiny_pictures", "val", str(tfds_folder))
     with pytest.raises(errors.UserError, match="config.data.name.*no_such_thing"):
-        sources.Tfds("no_such_thing", "train", str(tfds_folder))
+        prepared.Tfds("no_such_thing", "train", str(tfds_folder))
     with pytest.raises(errors.UserError, match="is not in .*tfds build cifar10 --file_format=array_record"):
-        sources.Tfds("cifar10", "train", str(tmp_path))
+        prepared.Tfds("cifar10", "train", str(tmp_path))
 
 
 def test_tfds_tfrecord_is_refused_with_the_remedy(tfds_folder, tmp_path):
@@ -299,5 +299,5 @@ def test_tfds_tfrecord_is_refused_with_the_remedy(tfds_folder, tmp_path):
     info = next((tmp_path / "copy").rglob("dataset_info.json"))
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(errors.UserError, match="TFRECORD.*--file_format=array_record") as caught:
-        sources.Tfds("tiny_pictures", "train", str(tmp_path / "copy"))
+        prepared.Tfds("tiny_pictures", "train", str(tmp_path / "copy"))
     one_line(caught)

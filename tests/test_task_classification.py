@@ -172,9 +172,9 @@ def test_a_run_begins_with_the_loaded_encoder_and_its_average_too(addp_run):
 def test_a_run_remembers_which_encoder_it_started_from(addp_run):
     """Resuming it with another one, or with none, is refused: the identities differ."""
     config = programs.config("demo_classification", model__encoder_weights=addp_run[0])
-    task = classification.Task(schema.build(classification.Config, config.model), jnp.float32)
-    identity = train.identity(config, {}, task.load_pretrained())
-    assert identity != train.identity(config, {}, {}) and "classifier" in identity["init"]
+    run = train.build(config)
+    identity = train.identity(run, {}, run.task.load_pretrained())
+    assert identity != train.identity(run, {}, {}) and "classifier" in identity["init"]
 
 
 def test_every_parameter_has_a_layout():

@@ -76,17 +76,6 @@ def test_images_are_pictures_and_events(tmp_path):
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(encoded))), image)
 
 
-def test_histograms_and_texts_read_back(tmp_path):
-    writer = writers.Writer(tmp_path)
-    values = jnp.asarray([[1.0, 2.0], [jnp.nan, 4.0]], jnp.bfloat16)
-    writer.histograms(3, {"usage": values, "nothing": np.array([np.nan])})
-    writer.text("config", "width = 8")
-    writer.flush()
-    histogram = summaries(tmp_path)["usage", 3].histo
-    assert (histogram.num, histogram.sum, histogram.min, histogram.max) == (3, 7.0, 1.0, 4.0)
-    assert summaries(tmp_path)["config/text_summary", 0].tensor.string_val == [b"width = 8"]
-    writer.close()
-
 
 def test_resume_leaves_no_duplicate_steps(tmp_path):
     writer = writers.Writer(tmp_path)
@@ -115,9 +104,6 @@ def test_disabled_writer_writes_nothing(tmp_path, capfd):
     writer = writers.Writer(tmp_path / "run", enabled=False)
     writer.scalars(1, {"loss": 1.0})
     writer.images(1, {"a": np.zeros((2, 2, 3))})
-    writer.histograms(1, {"a": np.zeros(3)})
-    writer.text("a", "b")
-    writer.flush()
     writer.close()
     progress = writers.Progress(10, enabled=False)
     progress.update(5)
@@ -221,27 +207,6 @@ def test_progress_that_never_began_prints_nothing():
     assert stream.getvalue() == ""
 
 
-def test_profile_traces_the_given_steps_once(tmp_path, monkeypatch):
-    calls, step = [], 0
-    monkeypatch.setattr(writers.jax.profiler, "start_trace", lambda folder: calls.append(("start", step, folder)))
-    monkeypatch.setattr(writers.jax.profiler, "stop_trace", lambda: calls.append(("stop", step)))
-    profile = writers.Profile(tmp_path, 2, 3)
-    for step in range(1, 7):
-        profile.update(step)
-    profile.close()
-    assert calls == [("start", 2, str(tmp_path / "profile")), ("stop", 4)]
-
-
-def test_profile_ends_with_a_run_that_ends_early(tmp_path):
-    profile = writers.Profile(tmp_path, 1, 10)
-    profile.update(1)
-    jnp.ones(3).block_until_ready()
-    profile.close()
-    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
-    never = writers.Profile(tmp_path / "never", 0, 0)
-    never.update(0)
-    never.close()
-    assert not (tmp_path / "never").exists()
 
 
 def test_curves_draw_a_panel_per_key(tmp_path):

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from addp_jax import errors
-from addp_jax.data import augment, pack, sources, transforms
+from addp_jax.data import augment, pack, prepared, sources, transforms
 
 SIZE = 256  # pixels
 MADE_UP = 64  # images
@@ -67,7 +67,7 @@ def run(folder: str, needed: float, seconds: float) -> list[dict]:
         images = sources.Files(folder, picked, [0] * len(picked), ("all",))
         pack.write_all(images, room, "train", 1)
         rows = []
-        for name, source in (("image_folder", images), ("array_record", sources.ArrayRecord(room))):
+        for name, source in (("image_folder", images), ("array_record", prepared.ArrayRecord(room))):
             for kind, transform in TRANSFORMS.items():
                 speed = rate(source, transform, seconds)
                 row = {"source": name, "transform": kind, "images_per_second_per_core": round(speed, 1)}

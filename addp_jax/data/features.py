@@ -15,7 +15,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from addp_jax import errors, partition, processes
-from addp_jax.data import pipeline
+from addp_jax.data import pipeline, sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,11 @@ class Features:
     features: np.ndarray  # float32 [N,D]
     labels: np.ndarray  # int32 [N]
     classes: tuple[str, ...]  # names by label; empty when unknown
+    content: str = ""  # what they were computed from, wherever it lies
+
+    def fingerprint(self, times: bool = False) -> str:
+        """Changes with the images, the encoder and the choice of a few."""
+        return hashlib.blake2b(self.content.encode() + self.labels.tobytes(), digest_size=8).hexdigest()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -41,7 +46,7 @@ class Features:
                 raise errors.UserError(f"config.model.shots = {shots}, but class {label} has {len(where)} training examples")
             kept.append(rng.permutation(where)[:shots])
         kept = np.sort(np.concatenate(kept))
-        return Features(self.features[kept], self.labels[kept], self.classes)
+        return Features(self.features[kept], self.labels[kept], self.classes, f"{self.content} {shots} {seed}")
 
 
 def identity(*parts: str) -> str:
@@ -71,7 +76,8 @@ def cached(folder: str, key: str, source, compute: Callable[[], Iterable[tuple[n
         write(path, compute(), source.classes)
     try:
         with np.load(path) as file:
-            return Features(file["features"], file["labels"], tuple(str(name) for name in file["classes"]))
+            names = tuple(str(name) for name in file["classes"])
+            return Features(file["features"], file["labels"], names, sources.fingerprint(source))
     except Exception as error:  # what is no npz makes numpy and zipfile raise nearly anything
         raise errors.UserError(f"config.model.cache: cannot read {path}; delete it") from error
 
@@ -99,7 +105,7 @@ def write_records(path: str, batches: Iterable[tuple[np.ndarray, np.ndarray]], p
 def save(path: str, fill: Callable[[str], None]) -> None:
     """Makes a file by `fill`, under another name of the same ending until it is complete."""
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)  # durable enough: it can be made again
         with tempfile.TemporaryDirectory(prefix=".part-", dir=os.path.dirname(path) or ".") as room:
             fill(os.path.join(room, os.path.basename(path)))
             os.replace(os.path.join(room, os.path.basename(path)), path)
@@ -108,9 +114,14 @@ def save(path: str, fill: Callable[[str], None]) -> None:
 
 
 def batches_of(source, transform, function, config: pipeline.Config, batch_size: int, mesh):
-    """(function(image uint8 [b,H,W,3]), label) as numpy, batch by batch, in the order of `source`, on every process."""
+    """(function(image uint8 [B,H,W,3]), label [B], valid [B]) as numpy, batch by batch, in the order of `source`, on every process.
+
+    `valid` is False where an image could not be read (config.on_unreadable="skip"), and padding is cut off.
+    """
     rows = partition.rows(mesh, batch_size)
     batches = pipeline.eval_batches(source, transform, batch_size=batch_size, config=config, rows=rows)
+    left = len(source)
     for batch in pipeline.to_device(batches, partition.batch_sharding(mesh)):
-        features, label, valid = partition.whole((function(batch["image"]), batch["label"], batch["valid"]))
-        yield features[valid], label[valid]
+        results, label, valid = partition.whole((function(batch["image"]), batch["label"], batch["valid"]))
+        yield results[:left], label[:left], valid[:left]
+        left -= len(valid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import hashlib
 import os
@@ -9,9 +10,9 @@ import pathlib
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageFilter
 
-from addp_jax import errors
+from addp_jax import errors, files, parameters
 from addp_jax.data import sources, transforms
 
 WHITE = 128  # a mask's pixel at least this bright is drawn anew
@@ -50,7 +51,8 @@ class OwnImages:
         self.inner = inner_box(margins, size)
         self.shapes = [self._shape(i) for i in range(len(self.files))]  # (height, width); None: unreadable
         if not any(self.shapes):
-            raise errors.UserError(f"config.generate.images: none of the {len(self)} files in {folder!r} is an image")
+            reasons = parameters.shortened(list(self.skipped.values()), 3)
+            raise errors.UserError(f"config.generate.images: none of the {len(self)} files in {folder!r} is an image: {reasons}")
         self._mask_paths = self._find_masks()
 
     def __len__(self) -> int:
@@ -63,12 +65,9 @@ class OwnImages:
         """From the header alone."""
         path = self.files.path(i)
         try:
-            with Image.open(path) as picture:
-                exif = Image.Image.getexif(picture)  # a PNG's own method would decode the pixels
-                turned = exif.get(0x0112, 1) >= 5  # the orientations that lie on their side
-                return picture.size if turned else picture.size[::-1]
-        except Exception as error:  # a damaged file makes PIL raise nearly anything
-            self._skip(path, "not an image file" if isinstance(error, Image.UnidentifiedImageError) else str(error))
+            return transforms.image_size(path)
+        except errors.Unreadable as error:
+            self._skip(path, str(error))
             return None
 
     def _skip(self, path: str, reason: str) -> None:
@@ -97,9 +96,9 @@ class OwnImages:
 
     def fingerprint(self) -> str:
         """Changes with the images and the masks."""
-        digest = hashlib.blake2b(self.files.fingerprint().encode(), digest_size=8)
+        digest = hashlib.blake2b(self.files.fingerprint(times=True).encode(), digest_size=8)
         for path in dict.fromkeys(path for path in self._mask_paths if path):
-            digest.update(pathlib.Path(path).read_bytes())
+            digest.update(files.read_bytes(path))
         return digest.hexdigest()
 
     def image(self, i: int):
@@ -128,13 +127,26 @@ class OwnImages:
             raise errors.UserError(f"config.generate.masks: {self.masks!r} lies among the images; move it out of {root!r}")
         if not os.path.isdir(self.masks):
             return [self.masks] * len(self)
-        found = {os.path.splitext(name)[0]: os.path.join(self.masks, name) for name in sorted(os.listdir(self.masks))}
-        for i, shape in enumerate(self.shapes):
-            if shape and self.name(i) not in found:
-                raise errors.UserError(
-                    f"config.generate.masks: {self.masks!r} has no mask named {self.name(i)!r} for {self.files.path(i)}"
-                )
-        return [found[self.name(i)] if shape else None for i, shape in enumerate(self.shapes)]
+        masks = sources.open_folder(self.masks, "config.generate.masks")
+        found = {os.path.splitext(os.path.relpath(masks.path(i), masks.root))[0]: masks.path(i) for i in range(len(masks))}
+        stems = collections.Counter(self.name(i) for i in range(len(self)))
+        return [self._mask_of(i, found, stems) if shape else None for i, shape in enumerate(self.shapes)]
+
+    def _mask_of(self, i: int, found: dict[str, str], stems) -> str:
+        """The mask at the image's own place below the folder of masks, or the one of its name, if no other image has that."""
+        place = os.path.splitext(os.path.relpath(self.files.path(i), self.files.root))[0]
+        if place in found:
+            return found[place]
+        if self.name(i) not in found:
+            raise errors.UserError(
+                f"config.generate.masks: {self.masks!r} has no mask named {place!r} for {self.files.path(i)}"
+            )
+        if stems[self.name(i)] > 1:
+            raise errors.UserError(
+                f"config.generate.masks: {found[self.name(i)]} could belong to {stems[self.name(i)]} images named {self.name(i)!r}; "
+                f"name the one for {self.files.path(i)} {os.path.join(self.masks, place)}"
+            )
+        return found[self.name(i)]
 
 
 def inner_box(margins, size: int) -> Box:
@@ -179,14 +191,24 @@ def redrawn(shape, box: Box, inner: Box, size: int, mask_path) -> np.ndarray:
 
 
 def read_mask(path: str) -> np.ndarray:
-    """bool [H,W], True = drawn anew. Raises UserError naming the file if it is no image or all black."""
+    """bool [H,W], True = drawn anew: white, and opaque where the mask has transparency.
+
+    Raises UserError naming the file if it is no image or has nothing to draw anew.
+    """
     try:
-        with Image.open(path) as picture:
-            white = np.asarray(ImageOps.exif_transpose(picture).convert("L")) >= WHITE
-    except Exception as error:  # a damaged file makes PIL raise nearly anything
-        raise errors.UserError(f"config.generate.masks: cannot read {path!r} as an image") from error
+        with files.open_regular(path) as file:
+            picture = transforms.grey8(transforms.open_image(file, path))
+    except OSError as error:
+        raise errors.UserError(f"config.generate.masks: cannot read {path!r}: {files.reason(error)}") from error
+    except errors.Unreadable as error:
+        raise errors.UserError(f"config.generate.masks: {error}") from error
+    if picture.has_transparency_data:
+        grey, alpha = picture.convert("RGBA").convert("LA").split()
+        white = np.minimum(np.asarray(grey), np.asarray(alpha)) >= WHITE
+    else:
+        white = np.asarray(picture.convert("L")) >= WHITE
     if not white.any():
-        raise errors.UserError(f"config.generate.masks: {path} is black all over; paint white what is to be drawn anew")
+        raise errors.UserError(f"config.generate.masks: {path} is black all over, or transparent; paint white what is to be drawn anew")
     return white
 
 

@@ -18,8 +18,8 @@ import time
 import msgpack
 from array_record.python import array_record_module
 
-from addp_jax import errors
-from addp_jax.data import sources, transforms
+from addp_jax import errors, files
+from addp_jax.data import sources, transforms, walk
 
 _IMAGES_PER_SHARD = 10_000
 
@@ -27,15 +27,15 @@ _IMAGES_PER_SHARD = 10_000
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status, 2 for a user's mistake."""
     parser = argparse.ArgumentParser(prog="python -m addp_jax.data.pack", description=__doc__.splitlines()[0])
-    parser.add_argument("--input", required=True, help="image folder, or folder with meta/<split>.txt")
-    parser.add_argument("--output", required=True, help="folder for the shards")
+    parser.add_argument("--input", required=True, type=files.expand, help="image folder, or folder with meta/<split>.txt")
+    parser.add_argument("--output", required=True, type=files.expand, help="folder for the shards")
     parser.add_argument("--split", default="train", choices=("train", "val"))
     parser.add_argument("--shards", type=int, default=0, help=f"default: one per {_IMAGES_PER_SHARD} images")
     arguments = parser.parse_args(argv)
     try:
         pack(arguments.input, arguments.output, arguments.split, arguments.shards)
     except errors.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {files.printable(str(error))}", file=sys.stderr)
         return 2
     return 0
 
@@ -46,7 +46,7 @@ def pack(input_folder: str, output: str, split: str = "train", num_shards: int =
     The files appear under their names only when all of them are complete.
 
     Args:
-      input_folder: what config.data.path would be for the unpacked images.
+      input_folder: what config.data.path would be for the unpacked images, or the folder of this split alone.
       output: folder, made if missing.
       split: "train" or "val", with the meaning it has for the input.
       num_shards: 0 = one per 10,000 images.
@@ -57,9 +57,9 @@ def pack(input_folder: str, output: str, split: str = "train", num_shards: int =
     """
     source = _open(input_folder, split)
     existed = os.path.isdir(output)
+    files.require_writable(output, "--output")
     if existed and any(name.startswith(f"{split}-") for name in os.listdir(output)):
         raise errors.UserError(f"--output: {output!r} already holds {split}- files; choose another folder")
-    os.makedirs(output, exist_ok=True)
     folder = tempfile.mkdtemp(prefix=".packing-", dir=output)
     try:
         write_all(source, folder, split, min(num_shards or 1 + len(source) // _IMAGES_PER_SHARD, len(source)))
@@ -72,9 +72,17 @@ def pack(input_folder: str, output: str, split: str = "train", num_shards: int =
 
 
 def _open(folder: str, split: str) -> sources.Files:
+    """The whole split: of a folder with `meta/<split>.txt`, with sub-folders `train` and `val`, or of that sub-folder itself."""
     if os.path.exists(os.path.join(folder, "meta", f"{split}.txt")):
         return sources.MetaList(folder, split)
-    return sources.ImageFolder(folder, "train" if split == "train" else "eval")
+    splits = [name for name in ("train", "val") if os.path.isdir(os.path.join(folder, name))]
+    if splits:
+        source = sources.ImageFolder(folder, "train" if split == "train" else "eval")
+    else:  # the split's own folder: all of it is packed
+        source = sources.ImageFolder(folder, "train", hold_out=False)
+    if source.classes == ("all",) or source.labels.min() < 0:
+        walk.announce(f"{source.root}: no folders of classes; all images get label {source.labels[0]}")
+    return source
 
 
 def write_all(source: sources.Files, folder: str, split: str, num_shards: int):

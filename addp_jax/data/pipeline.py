@@ -13,8 +13,8 @@ import grain
 import jax
 import numpy as np
 
-from addp_jax import errors
-from addp_jax.data import shapes, sources
+from addp_jax import errors, files, parameters, schema
+from addp_jax.data import prepared, shapes, sources, walk
 
 Transform = Callable[[dict, np.random.Generator], dict]
 
@@ -37,6 +37,9 @@ class Config:
         evenly over the source, so every class keeps its share.
       num_eval: the same for evaluation; 0 = all (shapes: 2,000).
       crop_scale: range of the random crop's area, fraction of the image.
+      hold_out: of an image folder without splits, keep a part for evaluation.
+      on_unreadable: "stop" ends with the file's name; "skip" takes the next
+        readable image instead (evaluation: leaves it out) and says which.
       flip: mirror half of the training images.
       max_objects: objects per picture, shapes only.
       plain: the easiest pictures, shapes only.
@@ -48,25 +51,27 @@ class Config:
     """
 
     source: str = "shapes"
-    path: str = ""
+    # Where the data lies does not matter to a run: its content does (`sources.fingerprint`).
+    path: str = schema.field("", matters=schema.NOTHING)
     name: str = ""
-    train_split: str = "train"
-    eval_split: str = "val"
-    num_train: int = 0
-    num_eval: int = 0
+    train_split: str = schema.field("train", matters=schema.NOTHING)
+    eval_split: str = schema.field("val", matters=schema.NOTHING)
+    num_train: int = schema.field(0, least=0)
+    num_eval: int = schema.field(0, least=0, matters=schema.NOTHING)
+    hold_out: bool = True
+    on_unreadable: str = schema.field("stop", matters=schema.NOTHING)
     crop_scale: tuple[float, float] = (0.2, 1.0)
     flip: bool = True
     max_objects: int = 1
     plain: bool = False
-    class_names: str = ""
-    workers: int = 0
-    threads: int = 2
-    prefetch: int = 4
+    class_names: str = schema.field("", matters=schema.NOTHING)
+    workers: int = schema.field(0, least=0, matters=schema.NOTHING)
+    threads: int = schema.field(2, least=0, matters=schema.NOTHING)
+    prefetch: int = schema.field(4, least=0, matters=schema.NOTHING)
 
     def __post_init__(self):
-        for name in ("num_train", "num_eval", "workers", "threads", "prefetch"):
-            if getattr(self, name) < 0:
-                raise errors.UserError(f"config.data.{name} = {getattr(self, name)} must not be negative")
+        if self.on_unreadable not in ("stop", "skip"):
+            raise errors.UserError(f"config.data.on_unreadable: {self.on_unreadable!r}; use stop or skip")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise errors.UserError(f"config.data.crop_scale = {self.crop_scale} must be two rising fractions")
         if self.max_objects < 1:
@@ -97,7 +102,7 @@ def open_source(config: Config, split: str, image_size: int = 64):
 def _open_files(config: Config, split: str):
     name = config.train_split if split == "train" else config.eval_split
     if config.source == "tfds":
-        return sources.Tfds(config.name, name, config.path)
+        return prepared.Tfds(config.name, name, config.path)
     if config.source not in ("image_folder", "meta_list", "array_record"):
         raise errors.UserError(
             f"config.data.source = {config.source!r}; choose shapes, image_folder, meta_list, array_record or tfds"
@@ -105,23 +110,28 @@ def _open_files(config: Config, split: str):
     if not config.path:
         raise errors.UserError(f"config.data.path is empty; config.data.source={config.source} reads from it")
     if config.source == "image_folder":
-        return sources.ImageFolder(config.path, split, config.train_split, config.eval_split)
-    return (sources.MetaList if config.source == "meta_list" else sources.ArrayRecord)(config.path, name)
+        return sources.ImageFolder(config.path, split, config.train_split, config.eval_split, config.hold_out)
+    return (sources.MetaList if config.source == "meta_list" else prepared.ArrayRecord)(config.path, name)
 
 
-def class_names(config: Config, image_size: int = 64) -> tuple[str, ...]:
-    """Names by label of the training data; empty when neither config.data.class_names nor the source knows them.
+def class_names(path: str) -> tuple[str, ...]:
+    """The names in the file config.data.class_names, one per line in the order of the labels.
 
-    Raises UserError: the file cannot be read, or what the source raises.
+    Raises UserError naming the file and the line: it cannot be read, a line is empty, or a name comes twice.
     """
-    if not config.class_names:
-        return tuple(open_source(config, "train", image_size).classes)
     try:
-        with open(config.class_names, encoding="utf-8") as file:
-            return tuple(line.strip() for line in file if line.strip())
+        lines = [line.strip() for line in files.read_lines(path)]
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", error)
-        raise errors.UserError(f"config.data.class_names: cannot read {config.class_names}: {reason}") from error
+        raise errors.UserError(f"config.data.class_names: cannot read {path}: {files.reason(error)}") from error
+    while lines and not lines[-1]:
+        lines.pop()
+    first = {}
+    for number, name in enumerate(lines, 1):
+        if not name or not name.isprintable():
+            raise errors.UserError(f"config.data.class_names: {path} line {number}: {name!r} is no name of a class")
+        if first.setdefault(name, number) != number:
+            raise errors.UserError(f"config.data.class_names: {path} line {number}: {name!r} stands in line {first[name]} already")
+    return tuple(lines)
 
 
 class Part:
@@ -131,8 +141,7 @@ class Part:
 
     def __init__(self, source, size: int):
         self.source, self.size, self.classes = source, size, source.classes
-        edges = np.arange(size + 1) * len(source) // size
-        self._chosen = np.random.default_rng(0).integers(edges[:-1], edges[1:])
+        self._chosen = spread(len(source), size)
 
     def __len__(self) -> int:
         return self.size
@@ -143,8 +152,14 @@ class Part:
     def __repr__(self) -> str:
         return f"Part({self.source!r}, {self.size})"
 
-    def fingerprint(self) -> str:
-        return f"{self.size} of {sources.fingerprint(self.source)}"
+    def fingerprint(self, times: bool = False) -> str:
+        return f"{self.size} of {sources.fingerprint(self.source, times)}"
+
+
+def spread(total: int, size: int) -> np.ndarray:
+    """Which `size` of `total` examples stand for all: one of each of as many equal stretches, always the same, rising."""
+    edges = np.arange(size + 1) * total // size
+    return np.random.default_rng(0).integers(edges[:-1], edges[1:])
 
 
 def train_batches(
@@ -185,6 +200,7 @@ def train_batches(
             f"config.data.path: {source!r} has {len(source)} examples, fewer than config.batch_size = {batch_size}; "
             "lower config.batch_size or add images"
         )
+    source, transform = _reading(source, transform, config)
     examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None).random_map(transform)
     return _iterate(_Rows(examples, batch_size, rows), config, start_step)
 
@@ -203,9 +219,11 @@ def eval_batches(
     batches have one shape and all processes have as many. Arguments, result and
     errors as for `train_batches`.
     """
-    padded = _Padded(source, -(-len(source) // batch_size) * batch_size)
+    count = len(source)
+    source, transform = _reading(source, transform, config)
+    padded = _Padded(source, -(-count // batch_size) * batch_size)
     examples = grain.MapDataset.source(padded).seed(0).random_map(transform)
-    examples = examples.map_with_index(_MarkValid(len(source)))
+    examples = examples.map_with_index(_MarkValid(count))
     return _iterate(_Rows(examples, batch_size, rows), config, 0)
 
 
@@ -226,7 +244,49 @@ class _MarkValid:
     num_examples: int
 
     def __call__(self, index: int, example: dict) -> dict:
-        return {**example, "valid": np.bool_(index < self.num_examples)}
+        return {**example, "valid": np.bool_(index < self.num_examples and example.get(SKIPPED, NONE) == NONE)}
+
+
+SKIPPED = "skipped"  # in an example: the position of the unreadable one that it replaces, or NONE
+NONE = np.int32(-1)
+
+
+def _reading(source, transform: Transform, config: Config):
+    """`source` and `transform`, or with on_unreadable="skip" those that replace an example that cannot be read."""
+    if config.on_unreadable == "stop":
+        return source, transform
+    return _Positions(len(source)), _Replacing(source, transform)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Positions:
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, i: int) -> int:
+        return int(i)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Replacing:
+    """`transform` of the example at a position, or of the next readable one after it, which then says so."""
+
+    source: object
+    transform: Transform
+
+    def __call__(self, position: int, rng: np.random.Generator) -> dict:
+        state = rng.bit_generator.state
+        for offset in range(len(self.source)):
+            try:
+                example = self.transform(self.source[(position + offset) % len(self.source)], rng)
+            except errors.Unreadable as error:
+                rng.bit_generator.state = state
+                walk.say(f"skipped: {error}")
+                continue
+            return {**example, SKIPPED: np.int32(position) if offset else NONE}
+        raise errors.UserError(f"config.data.path: no example of {self.source!r} can be read")
 
 
 class _Rows:
@@ -264,17 +324,20 @@ class Batches(Iterator):
 
     def __init__(self, iterator):
         self._iterator = iterator
+        self.skipped = set()  # positions of the examples so far that could not be read and were replaced
 
     def __next__(self) -> dict:
         try:
             # A copy of what workers send: a worker's arrays live in shared memory that outlives neither it nor close().
-            batch = next(self._iterator)
-            return {name: x if type(x) is np.ndarray else np.array(x) for name, x in batch.items()}
+            batch = {name: x if type(x) is np.ndarray else np.array(x) for name, x in next(self._iterator).items()}
         except StopIteration:
             raise
         except Exception as error:
             self.close()
             raise _cause(error)
+        skipped = batch.pop(SKIPPED, NONE)
+        self.skipped.update(skipped[skipped != NONE].tolist())
+        return batch
 
     def close(self):
         self._iterator.close()

@@ -9,26 +9,28 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import itertools
 import os
 import sys
+import tempfile
 
 from PIL import Image
 
-from addp_jax import errors
+from addp_jax import errors, files, parameters
 from addp_jax.data import sources, transforms
 
 
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status, 2 for a user's mistake."""
     parser = argparse.ArgumentParser(prog="python -m addp_jax.data.prepare", description=__doc__.splitlines()[0])
-    parser.add_argument("--input", required=True, help="image folder, or folder with meta/val.txt")
-    parser.add_argument("--output", required=True, help="folder for the PNGs")
+    parser.add_argument("--input", required=True, type=files.expand, help="image folder, or folder with meta/val.txt")
+    parser.add_argument("--output", required=True, type=files.expand, help="folder for the PNGs")
     parser.add_argument("--size", type=int, default=256, help="side of the images in pixels (default 256)")
     arguments = parser.parse_args(argv)
     try:
         count = prepare(arguments.input, arguments.output, arguments.size)
     except errors.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {files.printable(str(error))}", file=sys.stderr)
         return 2
     print(f"{arguments.output}: {count} images of {arguments.size}x{arguments.size} pixels")
     return 0
@@ -43,28 +45,38 @@ def prepare(folder: str, output: str, size: int = 256) -> int:
         raise errors.UserError(f"--size={size}: use at least 1 pixel")
     listed = os.path.exists(os.path.join(folder, "meta", "val.txt"))
     source = sources.MetaList(folder, "val") if listed else sources.open_folder(folder, "--input")
-    try:
-        os.makedirs(output, exist_ok=True)
-        if os.listdir(output):
-            raise errors.UserError(f"--output: {output!r} is not empty; choose another folder")
-    except OSError as error:
-        raise errors.UserError(f"--output: cannot write to {output!r}: {error.strerror}") from error
+    files.require_writable(output, "--output")
+    if os.listdir(output):
+        raise errors.UserError(f"--output: {output!r} is not empty; choose another folder")
 
-    def write(i: int):
-        example = source[i]
-        image = transforms.decode(example["image"], example["path"], upright=False)
-        image = transforms.centre_square(image, size, size, Image.Resampling.BILINEAR)
-        Image.fromarray(image).save(os.path.join(output, f"{i:05d}.png"))
-
-    # Threads suffice: decoding and encoding release the interpreter lock.
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-        jobs = [threads.submit(write, i) for i in range(len(source))]
+    def write(i: int, folder: str) -> str:
+        """What is wrong with the image, or ""."""
         try:
-            for job in jobs:
-                job.result()
-        finally:
-            threads.shutdown(cancel_futures=True)
+            example = source[i]
+            image = transforms.decode(example["image"], example["path"], upright=False)
+        except errors.Unreadable as error:
+            return str(error)
+        image = transforms.centre_square(image, size, size, Image.Resampling.BILINEAR)
+        Image.fromarray(image).save(os.path.join(folder, f"{i:05d}.png"))
+        return ""
+
+    # Everything appears at once: half a reference set would look like a whole one.
+    with tempfile.TemporaryDirectory(prefix=".preparing-", dir=os.path.dirname(os.path.abspath(output))) as folder:
+        # Threads suffice: decoding and encoding release the interpreter lock.
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+            problems = [text for text in threads.map(write, range(len(source)), itertools.repeat(folder)) if text]
+        if problems:
+            raise errors.UserError(f"{len(problems)} of {len(source)} images: {parameters.shortened(problems, 5)}")
+        os.rmdir(output)
+        os.chmod(folder, 0o777 & ~_umask())
+        os.rename(folder, output)
+        os.mkdir(folder)  # for the end of the block
     return len(source)
+
+
+def _umask() -> int:
+    os.umask(mask := os.umask(0))
+    return mask
 
 
 if __name__ == "__main__":

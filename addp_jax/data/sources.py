@@ -4,28 +4,27 @@ A source has `len(source)`, `classes` (names by label; empty when unknown) and
 `source[i]`, a dict:
 
   image  the undecoded bytes of one file (decoding is the transform's work)
-  label  int32
+  label  int32; -1 when unknown
   index  int32, position in the source
   path   the file, for error messages
 
 Sources are cheap to pickle, because every worker process gets a copy.
+
+The rules for folders: a class is a sub-folder with at least one image, its label its place among the sorted names of the
+training split; every image is taken once, however links lead to it; what is left out is said in one line.
 """
 
-import glob
 import hashlib
-import json
 import os
-import re
 
-import grain
-import msgpack
 import numpy as np
 
-from addp_jax import errors
+from addp_jax import errors, files, parameters
+from addp_jax.data import walk
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-LAYOUTS = "PATH/{train,val}/CLASS/*.jpg, PATH/CLASS/*.jpg or PATH/*.jpg (also jpeg, png, webp, bmp)"
+LAYOUTS = f"PATH/{{train,val}}/CLASS/*.jpg, PATH/CLASS/*.jpg or PATH/*.jpg (also {walk.ENDINGS})"
 HELD_OUT = 20  # one image in this many is kept for evaluation where a folder has no splits
+LARGEST_LABEL = 2**31 - 1
 
 
 class Files:
@@ -38,16 +37,18 @@ class Files:
       paths: file names.
       labels: one int per path.
       classes: class names by label, or () when unknown.
+      sizes: bytes of each file, or None = asked for when needed.
 
     `labels` is int32 [N].
     """
 
-    def __init__(self, root: str, paths: list[str], labels: list[int], classes: tuple[str, ...]):
+    def __init__(self, root: str, paths: list[str], labels: list[int], classes: tuple[str, ...], sizes: list[int] | None = None):
         encoded = [os.fsencode(path) for path in paths]
         self.root = root
         self.classes = classes
         self._names = b"".join(encoded)
         self._ends = np.cumsum([0] + [len(name) for name in encoded])
+        self._sizes = None if sizes is None else np.array(sizes, np.int64)
         self.labels = np.array(labels, np.int32)
 
     def path(self, i: int) -> str:
@@ -55,9 +56,18 @@ class Files:
         name = self._names[self._ends[i] : self._ends[i + 1]]
         return os.path.join(self.root, os.fsdecode(name))
 
-    def fingerprint(self) -> str:
-        """Changes when a file is added, removed, renamed, relabelled or rewritten."""
-        return _fingerprint((self.path(i) for i in range(len(self))), self.labels.tobytes())
+    def fingerprint(self, times: bool = False) -> str:
+        """Changes when a file is added, removed, renamed, relabelled or gets another size; with `times`, when it is rewritten.
+
+        Without `times` it survives moving and copying the folder.
+        """
+        if times:
+            return file_fingerprint((self.path(i) for i in range(len(self))), self.labels.tobytes())
+        sizes = self._sizes
+        if sizes is None:
+            sizes = np.array([_status(self.path(i)).st_size for i in range(len(self))], np.int64)
+        parts = self._names, self._ends.astype(np.int64).tobytes(), sizes.tobytes(), self.labels.tobytes()
+        return hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -65,33 +75,38 @@ class Files:
     def __getitem__(self, i: int) -> dict:
         path = self.path(i)
         try:
-            with open(path, "rb") as file:
-                image = file.read()
+            image = files.read_bytes(path)
         except OSError as error:
-            raise errors.UserError(f"cannot read {path}: {error.strerror}") from error
+            raise errors.Unreadable(f"cannot read {path}: {files.reason(error)}") from error
         return {"image": image, "label": self.labels[i], "index": np.int32(i), "path": path}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.root!r}, {len(self)} images)"
 
 
-def fingerprint(source) -> str:
-    """Changes with the examples of `source`; of files, without reading them."""
-    return source.fingerprint() if hasattr(source, "fingerprint") else repr(source)
+def fingerprint(source, times: bool = False) -> str:
+    """Changes with the examples of `source`, wherever they lie; of files, without reading them. See `Files.fingerprint`."""
+    return source.fingerprint(times) if hasattr(source, "fingerprint") else repr(source)
 
 
-def _fingerprint(paths, more: bytes = b"") -> str:
-    """16 hex digits from names, sizes and times of change: a million files cannot be read through.
+def _status(path: str) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except OSError as error:
+        raise errors.Unreadable(f"cannot read {path}: {files.reason(error)}") from error
+
+
+def file_fingerprint(paths, more: bytes = b"", times: bool = True) -> str:
+    """16 hex digits from names and sizes, and with `times` from where the files lie and when they changed.
 
     The time of change, unlike that of modification, cannot be set back by what copies or unpacks files.
     """
     digest = hashlib.blake2b(more, digest_size=8)
     for path in paths:
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            raise errors.UserError(f"cannot read {path}: {error.strerror}") from error
-        digest.update(os.fsencode(path) + f"\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\0".encode())
+        status = _status(path)
+        digest.update(os.fsencode(path if times else os.path.basename(path)) + f"\0{status.st_size}\0".encode())
+        if times:
+            digest.update(f"{status.st_mtime_ns}\0{status.st_ctime_ns}\0".encode())
     return digest.hexdigest()
 
 
@@ -101,9 +116,10 @@ class ImageFolder(Files):
     Three layouts are understood: `root/<split>/class/...`, `root/class/...` and
     images directly in `root` (or `root/<split>`), which then all get label 0 of
     the one class "all". Images in nested sub-folders belong to the class above
-    them. Class names are sorted over both splits, so that labels agree.
-    Names that start with a dot are ignored, and so are loose images beside
-    class folders.
+    them. The classes are those of the training split, sorted; of an evaluation
+    split without class folders the labels are unknown (-1) where training has
+    classes. Names that start with a dot are ignored, and so are loose images
+    beside class folders.
 
     Where neither split has a folder, one image in 20 (at least one) is held out
     for evaluation: the same ones on every machine, chosen by a hash of the
@@ -114,13 +130,16 @@ class ImageFolder(Files):
       split: "train" or "eval".
       train_split: folder name of the training split.
       eval_split: folder name of the evaluation split.
+      hold_out: False trains on all images of a folder without splits.
 
     Raises:
-      UserError: the folder is missing, unreadable or holds no images, or only
-        one of the two splits has a folder.
+      UserError: the folder is missing, unreadable or holds no images, only one of the two splits has a folder, or the
+        evaluation split has classes that the training split lacks.
     """
 
-    def __init__(self, root: str, split: str = "train", train_split: str = "train", eval_split: str = "val"):
+    def __init__(
+        self, root: str, split: str = "train", train_split: str = "train", eval_split: str = "val", hold_out: bool = True
+    ):
         if not os.path.isdir(root):
             raise errors.UserError(f"config.data.path: no folder {root!r}; understood layouts: {LAYOUTS}")
         folders = {"train": os.path.join(root, train_split), "eval": os.path.join(root, eval_split)}
@@ -130,18 +149,76 @@ class ImageFolder(Files):
                 f"config.data.path: {root!r} has a folder {present[0]!r} but no {folders[split]!r}; "
                 f"add it, or set config.data.{split}_split"
             )
-        folder = folders[split] if present else root
-        classes = sorted({name for one in present or [root] for name in _folder_names(one)})
-        paths, labels = _labelled(folder, classes)
-        if not paths:  # no image below a class folder: the flat layout
-            classes, paths = ["all"], _images(folder, nested=False)
-            labels = [0] * len(paths)
+        if present:
+            folder, classes = folders[split], _classes(folders["train"])
+            if split == "eval":
+                _compare_classes(folders, classes, _classes(folder))
+        else:
+            folder, classes = root, _classes(root)
+            _look_deeper(root, classes, (train_split, eval_split))
+        paths, labels, sizes = _read_folder(folder, classes, flat_label=walk.UNKNOWN if classes else 0)
         if not paths:
             raise errors.UserError(f"config.data.path: no images in {folder!r}; understood layouts: {LAYOUTS}")
         if not present:
-            keep = _hold_out(paths, split, root)
-            paths, labels = [paths[i] for i in keep], [labels[i] for i in keep]
-        super().__init__(folder, paths, labels, tuple(classes))
+            keep = _hold_out(paths, split, root, hold_out)
+            paths, labels, sizes = ([column[i] for i in keep] for column in (paths, labels, sizes))
+        super().__init__(folder, paths, labels, tuple(classes) or ("all",), sizes)
+
+
+def _classes(folder: str) -> list[str]:
+    """The names of the sub-folders with images, sorted; those without are named in a line."""
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise errors.UserError(f"config.data.path: cannot read {folder!r}: {files.reason(error)}") from error
+    classes = [name for name in names if name not in walk.JUNK and walk.has_image(os.path.join(folder, name))]
+    if classes and (empty := [name for name in names if name not in classes]):
+        walk.announce(f"{folder}: {len(empty)} folders without images are no classes: {parameters.shortened(empty, walk.SHOWN)}")
+    return classes
+
+
+def _compare_classes(folders: dict[str, str], train: list[str], held_out: list[str]) -> None:
+    """Raises UserError if the evaluation split has classes that the training split lacks; says which it lacks itself."""
+    extra, missing = (sorted(set(one) - set(other)) for one, other in ((held_out, train), (train, held_out)))
+    if train and extra:
+        raise errors.UserError(
+            f"config.data.path: {folders['eval']!r} has classes that {folders['train']!r} lacks: "
+            f"{parameters.shortened(extra, walk.SHOWN)}; rename or remove them"
+        )
+    if held_out and missing:
+        walk.announce(f"{folders['eval']}: no images of {len(missing)} classes: {parameters.shortened(missing, walk.SHOWN)}")
+
+
+def _look_deeper(root: str, classes: list[str], splits: tuple[str, str]) -> None:
+    """Raises UserError if the two splits lie one folder deeper."""
+    for name in classes:
+        if all(os.path.isdir(os.path.join(root, name, split)) for split in splits):
+            raise errors.UserError(
+                f"config.data.path: {root!r} has its {splits[0]!r} and {splits[1]!r} one folder deeper; "
+                f"set it to {os.path.join(root, name)!r}"
+            )
+
+
+def _read_folder(folder: str, classes: list[str], flat_label: int, field: str = "config.data.path"):
+    """(paths, labels, sizes) of the images below the folders of `classes`; without such folders, of those in `folder`."""
+    walker = walk.Walk(field)
+    places = [os.path.join(folder, name) for name in classes]
+    present = [(label, place) for label, place in enumerate(places) if os.path.isdir(place)]
+    walker.mark(folder)
+    fresh = [(label, place) for label, place in present if walker.mark(place)]  # before any link to them is met
+    paths, labels, sizes = [], [], []
+    for label, place in fresh:
+        found, found_sizes = walker.images(place)
+        paths += [os.path.join(classes[label], path) for path in found]
+        labels += [label] * len(found)
+        sizes += found_sizes
+    loose, loose_sizes = walker.images(folder, nested=False)
+    if not paths:
+        paths, labels, sizes = loose, [flat_label] * len(loose), loose_sizes
+    elif loose:
+        walk.announce(f"{folder}: left out {len(loose)} images beside the class folders")
+    walker.announce(folder)
+    return paths, labels, sizes
 
 
 def open_folder(root: str, field: str) -> Files:
@@ -149,10 +226,12 @@ def open_folder(root: str, field: str) -> Files:
 
     Raises UserError: no such folder, or no images in it.
     """
-    paths = _images(root) if os.path.isdir(root) else []
+    walker = walk.Walk(field)
+    paths, sizes = walker.images(root) if os.path.isdir(root) else ([], [])
+    walker.announce(root)
     if not paths:
-        raise errors.UserError(f"{field}: no images (jpg, jpeg, png, webp, bmp) in {root!r}")
-    return Files(root, paths, [0] * len(paths), ())
+        raise errors.UserError(f"{field}: no images ({walk.ENDINGS}) in {root!r}")
+    return Files(root, paths, [0] * len(paths), (), sizes)
 
 
 def open_classes(root: str, classes: tuple[str, ...], field: str) -> Files:
@@ -160,51 +239,28 @@ def open_classes(root: str, classes: tuple[str, ...], field: str) -> Files:
 
     Raises UserError naming `field`: no such folder, or no such images.
     """
-    paths, labels = _labelled(root, list(classes))
-    if not paths:
-        raise errors.UserError(f"{field}: {root!r} has no folder of images named like a class (config.data.class_names)")
-    return Files(root, paths, labels, classes)
+    paths, labels, sizes = _read_folder(root, list(classes), walk.UNKNOWN, field) if os.path.isdir(root) else ([], [], [])
+    if not paths or min(labels) < 0:
+        raise errors.UserError(f"{field}: {root!r} has no folder of images named like a class of the run")
+    return Files(root, paths, labels, classes, sizes)
 
 
-def _unreadable(error: OSError):
-    raise errors.UserError(f"config.data.path: cannot read {error.filename!r}: {error.strerror}") from error
-
-
-def _folder_names(folder: str) -> list[str]:
-    for _, names, _ in os.walk(folder, onerror=_unreadable):
-        return [name for name in names if not name.startswith(".")]
-    return []
-
-
-def _images(folder: str, nested: bool = True) -> list[str]:
-    """Image files below `folder`, relative to it, in sorted order."""
-    found = []
-    for where, names, files in os.walk(folder, onerror=_unreadable, followlinks=True):
-        names[:] = sorted(name for name in names if nested and not name.startswith("."))
-        found += [
-            os.path.relpath(os.path.join(where, file), folder)
-            for file in sorted(files)
-            if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
-        ]
-    return found
-
-
-def _labelled(folder: str, classes: list[str]) -> tuple[list[str], list[int]]:
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        if os.path.isdir(os.path.join(folder, name)):
-            found = _images(os.path.join(folder, name))
-            paths += [os.path.join(name, path) for path in found]
-            labels += [label] * len(found)
-    return paths, labels
-
-
-def _hold_out(paths: list[str], split: str, root: str) -> list[int]:
+def _hold_out(paths: list[str], split: str, root: str, hold_out: bool) -> list[int]:
     """The positions that belong to `split`, in increasing order."""
+    if not hold_out:
+        if split == "eval":
+            raise errors.UserError(
+                f"config.data.hold_out=False: {root!r} has no evaluation images; add a folder for config.data.eval_split"
+            )
+        return list(range(len(paths)))
     if len(paths) < 2:
         raise errors.UserError(f"config.data.path: {root!r} holds one image; training and evaluation need at least two")
     order = sorted(range(len(paths)), key=lambda i: hashlib.sha1(os.fsencode(paths[i])).digest())
     held_out = max(1, len(paths) // HELD_OUT)
+    walk.announce(
+        f"{root}: no folders of splits; {held_out} of {len(paths)} images are held out for evaluation "
+        "(config.data.hold_out=False: none)"
+    )
     return sorted(order[-held_out:] if split == "eval" else order[:-held_out])
 
 
@@ -212,7 +268,7 @@ class MetaList(Files):
     """Images named in `root/meta/<split>.txt`, a line being "relative/path label".
 
     The images lie in `root/<split>/` (as the released code has it) or in
-    `root/`. Labels are integers and are taken as they are.
+    `root/`, and not outside. Labels are integers and are taken as they are.
 
     Raises:
       UserError: no list, no images where it points, or a line that is not
@@ -222,12 +278,9 @@ class MetaList(Files):
     def __init__(self, root: str, split: str = "train"):
         list_file = os.path.join(root, "meta", f"{split}.txt")
         try:
-            with open(list_file, encoding="utf-8") as file:
-                lines = file.read().splitlines()
+            lines = files.read_lines(list_file)
         except (OSError, UnicodeDecodeError) as error:
-            raise errors.UserError(
-                f"config.data.path: cannot read the list {list_file}: {getattr(error, 'strerror', error)}"
-            ) from error
+            raise errors.UserError(f"config.data.path: cannot read the list {list_file}: {files.reason(error)}") from error
         entries = [_entry(line, f"{list_file} line {n}") for n, line in enumerate(lines, 1) if line.strip()]
         if not entries:
             raise errors.UserError(f"config.data.path: the list {list_file} is empty")
@@ -237,9 +290,16 @@ class MetaList(Files):
 
 def _entry(line: str, where: str) -> tuple[str, int]:
     path, _, label = line.strip().rpartition(" ")
-    if not path or not label.isdecimal():
-        raise errors.UserError(f'{where}: expected "relative/path label" with label 0, 1, 2, ..., got {line!r}')
-    return path.strip(), int(label)
+    path = path.strip()
+    digits = label.isascii() and label.isdecimal() and len(label) <= len(str(LARGEST_LABEL))
+    if not path or not digits or int(label) > LARGEST_LABEL:
+        shown = files.printable(line, files.REASON_LENGTH)
+        raise errors.UserError(f'{where}: expected "relative/path label" with label 0, 1, 2, ..., got {shown!r}')
+    try:
+        files.below("", path)
+    except ValueError as error:
+        raise errors.UserError(f"{where}: {error} of the images") from error
+    return path, int(label)
 
 
 def _image_root(root: str, split: str, path: str, list_file: str) -> str:
@@ -248,129 +308,3 @@ def _image_root(root: str, split: str, path: str, list_file: str) -> str:
         if os.path.exists(os.path.join(folder, path)):
             return folder
     raise errors.UserError(f"{list_file} names {path!r}, found neither in {candidates[0]!r} nor in {root!r}")
-
-
-class ArrayRecord:
-    """Shards written by `python -m addp_jax.data.pack`.
-
-    Args:
-      path: the folder of the shards, or a glob that matches them.
-      split: shards named `<split>-00000-of-00004.array_record` are read.
-
-    Raises:
-      UserError: no shard, a missing shard, or a file of another format.
-    """
-
-    def __init__(self, path: str, split: str = "train"):
-        self.path, self.split = path, split
-        files = shards(path, split)
-        folder = os.path.dirname(files[0])
-        try:
-            self._records = grain.sources.ArrayRecordDataSource(files)
-            with open(os.path.join(folder, f"{split}-classes.json"), encoding="utf-8") as file:
-                self.classes = tuple(json.load(file))
-        except Exception as error:  # array_record raises bare C++ errors
-            reason = _one_line(error)
-            raise errors.UserError(f"config.data.path: cannot open {split} shards in {folder!r}: {reason}") from error
-
-    def fingerprint(self) -> str:
-        """Changes with the shards."""
-        return _fingerprint(shards(self.path, self.split))
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, i: int) -> dict:
-        try:
-            record = msgpack.unpackb(self._records[int(i)])
-            image, label, path = record["image"], np.int32(record["label"]), record["path"]
-        except Exception as error:  # as above
-            where = f"{self.path!r}, split {self.split}, record {i}"
-            raise errors.UserError(f"{where}: damaged, or not by addp_jax.data.pack: {_one_line(error)}") from error
-        return {"image": image, "label": label, "index": np.int32(i), "path": path}
-
-    def __repr__(self) -> str:
-        return f"ArrayRecord({self.path!r}, {self.split!r}, {len(self)} images)"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def shards(path: str, split: str) -> list[str]:
-    """The shard files of a split, in order.
-
-    Raises:
-      UserError: there is none, or fewer than their names promise.
-    """
-    pattern = re.compile(re.escape(split) + r"-\d+-of-(\d+)\.array_record")
-    files = sorted(glob.glob(os.path.join(glob.escape(path), "*") if os.path.isdir(path) else path))
-    found = [(file, match) for file in files if (match := pattern.fullmatch(os.path.basename(file)))]
-    if not found:
-        raise errors.UserError(
-            f"config.data.path: no {split}-*.array_record in {path!r}; write them with python -m addp_jax.data.pack"
-        )
-    promised = int(found[0][1].group(1))
-    if len(found) != promised:
-        raise errors.UserError(f"config.data.path: {len(found)} of {promised} {split} shards found in {path!r}")
-    return [file for file, _ in found]
-
-
-class Tfds:
-    """A TensorFlow data set prepared as array_record; read without TensorFlow.
-
-    Args:
-      name: e.g. "imagenet2012".
-      split: a TFDS split, e.g. "train" or "validation[:1000]".
-      data_dir: where it was prepared; "" = the TFDS default.
-
-    Raises:
-      UserError: unknown, not prepared, prepared as TFRECORD, without such a
-        split, or without images and labels.
-    """
-
-    def __init__(self, name: str, split: str = "train", data_dir: str = ""):
-        self.name, self.split = name, split
-        self._data = _tfds_data(name, split, data_dir)
-        features = self._data.dataset_info.features
-        if "image" not in features or "label" not in features:
-            raise errors.UserError(f"config.data.name: {name!r} has no image and label; it has {sorted(features)}")
-        self.classes = tuple(features["label"].names or ())
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def __getitem__(self, i: int) -> dict:
-        example = self._data[int(i)]
-        where = f"{self.name} {self.split} example {i}"
-        return {"image": example["image"], "label": np.int32(example["label"]), "index": np.int32(i), "path": where}
-
-    def fingerprint(self) -> str:
-        """Changes with the prepared files and the split."""
-        files = sorted(glob.glob(os.path.join(glob.escape(self._data.dataset_info.data_dir), "*")))
-        return _fingerprint(files, self.split.encode())
-
-    def __repr__(self) -> str:
-        return f"Tfds({self.name!r}, {self.split!r}, {len(self)} images)"
-
-
-def _tfds_data(name: str, split: str, data_dir: str):
-    place = repr(data_dir) if data_dir else "the TFDS default folder"
-    build = f"run tfds build {name} --file_format=array_record"
-    try:
-        import tensorflow_datasets as tfds
-
-        builder = tfds.builder(name, data_dir=data_dir or None)
-    except ImportError as error:
-        raise errors.UserError("config.data.source=tfds: run pip install tensorflow-datasets") from error
-    except Exception as error:  # every failure has its own type; the message lists all data sets
-        raise errors.UserError(f"config.data.name: TFDS knows no {name!r}, nor is it in {place}") from error
-    if not builder.info.splits:
-        raise errors.UserError(f"config.data.name: {name!r} is not in {place}; set config.data.path or {build}")
-    try:
-        return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    except NotImplementedError as error:
-        raise errors.UserError(f"config.data.name: {name!r} in {place} is stored as TFRECORD; {build}") from error
-    except Exception as error:  # a wrong split raises KeyError or ValueError, depending on its form
-        have = f"has no {split!r}, it has {', '.join(builder.info.splits)}"
-        raise errors.UserError(f"config.data.train_split/eval_split: {name!r} {have}") from error

@@ -3,19 +3,69 @@
 They run in reader threads or worker processes, so each is a frozen dataclass
 that pickles. Images stay uint8 [H,W,3] RGB; the device turns them into [0,1].
 The resampling agrees bit for bit with torchvision on PIL images.
+
+Every image of a user, and every mask, is opened by `open_image`: of the formats in FORMATS only, which its content tells,
+whatever its name; of at most MAX_PIXELS; upright. No other decoder of Pillow is reached, and no program is ever started.
 """
 
 import dataclasses
 import io
 import math
+import os
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from addp_jax import errors
+from addp_jax import errors, files
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MAX_PIXELS = 2**26  # of an image; a small file can claim any size
+MAX_STRIP = 2**25  # pixels of a resized image of which most would be cut away
+ROWS = 64  # of a 16-bit image that are converted at a time
 _CROP_TRIES = 10
 _ASPECT_RATIOS = (3 / 4, 4 / 3)
+
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns on stderr first; `open_image` refuses in one line
+
+
+def open_image(file, where: str, upright: bool = True) -> Image.Image:
+    """The decoded image in a binary file object, turned as its EXIF orientation says.
+
+    Raises Unreadable naming `where`: no image of a format in FORMATS, truncated, damaged, or of too many pixels.
+    """
+    try:
+        picture = Image.open(file, formats=FORMATS)
+        _check_size(picture)
+        picture.load()
+        return _upright(picture) if upright else picture
+    # A damaged file makes PIL raise nearly anything: OSError, SyntaxError, struct.error, ...
+    except Exception as error:
+        raise errors.Unreadable(f"cannot decode {where}: {problem(error)}; replace or remove this file") from error
+
+
+def image_size(path: str) -> tuple[int, int]:
+    """(height, width) of the upright image in a file, from its header. Raises Unreadable naming the file."""
+    try:
+        with files.open_regular(path) as file, Image.open(file, formats=FORMATS) as picture:
+            _check_size(picture)
+            exif = Image.Image.getexif(picture)  # a PNG's own method would decode the pixels
+            turned = exif.get(0x0112, 1) >= 5  # the orientations that lie on their side
+            return picture.size if turned else picture.size[::-1]
+    except Exception as error:  # as above
+        raise errors.Unreadable(f"cannot decode {path}: {problem(error)}; replace or remove this file") from error
+
+
+def _check_size(picture: Image.Image) -> None:
+    if picture.width * picture.height > MAX_PIXELS:
+        raise ValueError(f"{picture.width}x{picture.height} pixels; at most {MAX_PIXELS >> 20} million are read")
+
+
+def problem(error: Exception) -> str:
+    """What is wrong with an image file, in a few words."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return f"not an image file ({', '.join(FORMATS)})"
+    return files.reason(error)
 
 
 def decode(image: bytes | np.ndarray, where: str, upright: bool = True) -> np.ndarray:
@@ -33,19 +83,16 @@ def decode(image: bytes | np.ndarray, where: str, upright: bool = True) -> np.nd
       upright: False leaves a file's pixels as they are stored.
 
     Raises:
-      UserError: the bytes are no image, are truncated or unreasonably large, or
-        the array is not uint8.
+      Unreadable: the bytes are no image, are truncated or unreasonably large.
+      UserError: the array is not uint8.
     """
     if isinstance(image, np.ndarray):
         return _rgb_array(image, where)
+    picture = open_image(io.BytesIO(image), where, upright)
     try:
-        picture = Image.open(io.BytesIO(image))
-        picture.load()
-        return np.asarray(_rgb(_upright(picture) if upright else picture))
-    # A damaged file makes PIL raise nearly anything: OSError, SyntaxError, struct.error, ...
-    except Exception as error:
-        reason = "not an image file" if isinstance(error, Image.UnidentifiedImageError) else _one_line(error)
-        raise errors.UserError(f"cannot decode {where}: {reason}; replace or remove this file") from error
+        return np.asarray(_rgb(picture))
+    except Exception as error:  # as in `open_image`
+        raise errors.Unreadable(f"cannot decode {where}: {problem(error)}; replace or remove this file") from error
 
 
 def _rgb_array(image: np.ndarray, where: str) -> np.ndarray:
@@ -64,19 +111,26 @@ def _upright(picture: Image.Image) -> Image.Image:
     return picture
 
 
+def grey8(picture: Image.Image) -> Image.Image:
+    """A picture of 16-bit or float grey as 8 bits, which `convert` would clip at 255; any other as it is."""
+    if picture.mode == "F":
+        picture = picture.convert("I")
+    if not picture.mode.startswith("I"):
+        return picture
+    grey, out = np.asarray(picture), np.empty(picture.size[::-1], np.uint8)
+    for row in range(0, len(grey), ROWS):  # a few rows at a time: their wider copies stay small
+        wide = np.clip(grey[row : row + ROWS].astype(np.int64), 0, 65535)
+        out[row : row + ROWS] = (wide + 128) // 257  # to nearest
+    return Image.fromarray(out)
+
+
 def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # 16-bit grey: convert() would clip at 255
-        grey = np.asarray(picture).astype(np.float64) / 257
-        return Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8)).convert("RGB")
+    picture = grey8(picture)
     if picture.mode == "RGB":  # convert() would copy it
         return picture
     if picture.mode == "P" and "transparency" in picture.info:
         picture = picture.convert("RGBA")  # PIL warns about the direct way
     return picture.convert("RGB")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def resize(image: np.ndarray, height: int, width: int, filter=Image.Resampling.BICUBIC) -> np.ndarray:
@@ -87,8 +141,15 @@ def resize(image: np.ndarray, height: int, width: int, filter=Image.Resampling.B
 
 
 def centre_square(image: np.ndarray, short: int, size: int, filter=Image.Resampling.BICUBIC) -> np.ndarray:
-    """Resizes the short side to `short` pixels, then cuts the central [size,size,3]."""
+    """Resizes the short side to `short` pixels, then cuts the central [size,size,3].
+
+    Of a strip so long that the resized image would have more than MAX_STRIP pixels, the middle alone is resized; the
+    result may differ by rounding from that of the whole.
+    """
     height, width = image.shape[:2]
+    if max(height, width) * short // max(min(height, width), 1) * short > MAX_STRIP:
+        image = _middle(image, MAX_STRIP // short**2)
+        height, width = image.shape[:2]
     if height <= width:
         image = resize(image, short, int(short * width / height), filter)
     else:
@@ -96,6 +157,17 @@ def centre_square(image: np.ndarray, short: int, size: int, filter=Image.Resampl
     top = int(round((image.shape[0] - size) / 2.0))
     left = int(round((image.shape[1] - size) / 2.0))
     return image[top : top + size, left : left + size]
+
+
+def _middle(image: np.ndarray, ratio: int) -> np.ndarray:
+    """The middle of a strip, its long side at most `ratio` (at least 4) times the short one."""
+    short = min(image.shape[:2])
+    cuts = []
+    for side in image.shape[:2]:
+        kept = min(side, short * max(ratio, 4))
+        kept -= (side - kept) % 2  # the same centre
+        cuts.append(slice((side - kept) // 2, (side + kept) // 2))
+    return np.ascontiguousarray(image[cuts[0], cuts[1]])
 
 
 def resized_crop(image: np.ndarray, box: tuple[int, int, int, int], size: int) -> np.ndarray:

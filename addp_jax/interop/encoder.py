@@ -13,6 +13,7 @@ from addp_jax.models import vit
 
 HOLDERS = ("pixel_to_token", "classifier")  # networks with such an encoder
 OPTIONAL = ("input_norm/", "final_norm/")  # left behind where the network has none
+SETTINGS = ("heads", "patch_size")  # that must be those of the run; other image sizes and norms are fitted
 
 
 def load(path: str, init, config: vit.Config, field: str) -> dict:
@@ -30,11 +31,13 @@ def load(path: str, init, config: vit.Config, field: str) -> dict:
     if not os.path.exists(path):
         hint = f"{weights.TRAIN_FIRST['pixel_to_token']} and give its work directory, or give a weight file"
         raise errors.UserError(f"{field}: nothing at {path!r}; {hint}")
-    params = weights.read(path, HOLDERS, f"{field}: ")
+    params, identity = weights.read_with_identity(path, HOLDERS, f"{field}: ")
     holder = next((name for name in HOLDERS if name in params), None)
     if holder is None:
         held = ", ".join(params) or "other networks"
         raise errors.UserError(f"{field}: {path} holds {held}, no encoder of images; give a run of the task addp")
+    settings = {"model": {"net": identity.get("model", {}).get("net", {}).get("encoder")}}
+    weights.check_settings(settings, config, f"{field} ({path})", names=SETTINGS)
     encoder = dict(params[holder]["encoder"])
     encoder["pos_embed"] = vit.resize_pos_embed(encoder["pos_embed"], config.length)
     return parameters.match(

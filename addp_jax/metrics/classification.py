@@ -1,4 +1,8 @@
-"""Accuracy of classifiers: logits and labels in, numbers out."""
+"""Accuracy of classifiers: logits and labels in, numbers out.
+
+Everything that counts as right is counted by `in_top`: a tie is never a hit, nor is a score that is not finite, so that a
+network that says the same of all classes, or nothing at all, names none rightly.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,15 @@ ALEXNET = {
 }  # fmt: skip
 
 
-def in_top(logits, labels, k: int) -> np.ndarray:
-    """bool [B]: fewer than `k` classes of `logits` [B,C] lie above the label's."""
-    logits, labels = np.asarray(logits), np.asarray(labels)
-    return (logits > np.take_along_axis(logits, labels[:, None], 1)).sum(1) < k
+def in_top(logits, labels, k: int, xp=np):
+    """bool [...]: fewer than `k` other classes of `logits` [...,C] have a score as high as the label's, which is finite.
+
+    A NaN among the scores makes it False. xp: numpy, or jax.numpy under a trace.
+    """
+    logits, labels = xp.asarray(logits), xp.asarray(labels)
+    own = xp.take_along_axis(logits, labels[..., None], -1)
+    rivals = (logits >= own).sum(-1) - 1
+    return (rivals < k) & xp.isfinite(own[..., 0]) & ~xp.isnan(logits).any(-1)
 
 
 def cross_entropy(logits, labels) -> np.ndarray:
@@ -33,10 +42,9 @@ def confusion(labels, predicted, num_classes: int) -> np.ndarray:
     return matrix
 
 
-def class_accuracy(matrix) -> np.ndarray:
-    """float64 [C] from a confusion matrix; nan for a class without examples."""
-    counts = matrix.sum(1)
-    return np.divide(np.diag(matrix), counts, out=np.full(len(matrix), np.nan), where=counts > 0)
+def class_accuracy(hits, counts) -> np.ndarray:
+    """float64 [C] from the hits and the examples of each class [C]; nan for a class without examples."""
+    return np.divide(hits, counts, out=np.full(len(counts), np.nan), where=np.asarray(counts) > 0)
 
 
 def mean_corruption_error(error: dict[str, float]) -> float:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from addp_jax import errors, partition
+from addp_jax import errors, partition, schema
 from addp_jax.models.dropout import Dropout
 
 LAYER_NORM_EPS = 1e-6
@@ -22,13 +22,16 @@ EMBEDDING_INIT = nn.initializers.normal(0.02)
 class TransformerConfig:
     """Size of a stack of pre-norm transformer blocks."""
 
-    width: int = 768  # D
-    depth: int = 12
-    heads: int = 12  # N
-    mlp_ratio: int = 4
-    dropout: float = 0.1  # after attention weights, attention output and both MLP layers
-    drop_path: float = 0.0  # of the last block; grows linearly from 0 at the first
-    remat: str = "none"  # none | full | dots (save matmul outputs only); what is kept for the backward pass
+    width: int = schema.field(768, least=1)  # D
+    depth: int = schema.field(12, least=1)
+    heads: int = schema.field(12, least=1)  # N
+    mlp_ratio: int = schema.field(4, least=1)
+    # After attention weights, attention output and both MLP layers.
+    dropout: float = schema.field(0.1, least=0, below=1, matters=schema.TRAINING)
+    # Of the last block; grows linearly from 0 at the first.
+    drop_path: float = schema.field(0.0, least=0, below=1, matters=schema.TRAINING)
+    # none | full | dots (save matmul outputs only): what is kept for the backward pass.
+    remat: str = schema.field("none", matters=schema.NOTHING)
 
     def __post_init__(self):
         if self.width % self.heads:

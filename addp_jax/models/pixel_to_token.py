@@ -7,6 +7,7 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
+from addp_jax import schema
 from addp_jax.models import layers, vit
 
 
@@ -16,9 +17,10 @@ class Config:
 
     encoder: vit.Config = vit.Config()
     decoder: layers.TransformerConfig = layers.TransformerConfig(depth=8, heads=16)
-    num_codes: int = 1024  # K
+    num_codes: int = schema.field(1024, least=1)  # K
     vocab_size: int = 2025  # V: codes, 1000 rows that are never a target, mask token
-    token_std: float = 0.02  # of the initial token embedding, which also is the (untrained) output matrix
+    # Of the initial token embedding, which also is the (untrained) output matrix.
+    token_std: float = schema.field(0.02, least=0, matters=schema.TRAINING)
 
     @property
     def length(self) -> int:

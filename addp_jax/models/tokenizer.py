@@ -67,7 +67,9 @@ def fast_convolve(image, kernel, *args, **kwargs):
         return jax.lax.conv_general_dilated(image, kernel, *args, **kwargs)
 
     large = image.shape[1] >= WINOGRAD_ROWS and min(kernel.shape[2:]) >= WINOGRAD_CHANNELS
-    if kernel.shape[:2] != (3, 3) or image.shape[1] % 4 or not large or image.dtype != jnp.float32:
+    # No stride, dilation, grouping or precision of its own; the dimension numbers are those of nn.Conv.
+    plain = args == ((1, 1), "SAME") and all(v in ((1, 1), 1, None) for name, v in kwargs.items() if name != "dimension_numbers")
+    if not plain or kernel.shape[:2] != (3, 3) or image.shape[1] % 4 or not large or image.dtype != jnp.float32:
         return direct(image, kernel)
     return jax.lax.platform_dependent(image, kernel, cpu=winograd, default=direct)
 

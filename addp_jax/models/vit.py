@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from addp_jax import partition
+from addp_jax import errors, partition, schema
 from addp_jax.models import layers
 from addp_jax.models.dropout import Dropout
 
@@ -21,11 +21,18 @@ IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 class Config(layers.TransformerConfig):
     """A vision transformer; `image_size` / `patch_size` gives the token grid."""
 
-    image_size: int = 256  # pixels
-    patch_size: int = 16  # pixels
-    input_dropout: float = 0.1  # after the input LayerNorm
+    image_size: int = schema.field(256, least=1)  # pixels
+    patch_size: int = schema.field(16, least=1)  # pixels
+    input_dropout: float = schema.field(0.1, least=0, below=1, matters=schema.TRAINING)  # after the input LayerNorm
     input_norm: bool = True  # LayerNorm between the embeddings and the first block
     final_norm: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.image_size % self.patch_size:
+            raise errors.UserError(
+                f"config.model: image_size={self.image_size} is not a multiple of patch_size={self.patch_size}"
+            )
 
     @property
     def length(self) -> int:

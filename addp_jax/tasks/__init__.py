@@ -32,8 +32,8 @@ import pkgutil
 
 import numpy as np
 
-from addp_jax import errors, schema
-from addp_jax.data import pipeline, transforms
+from addp_jax import errors, parameters, schema
+from addp_jax.data import pipeline, sources, transforms, walk
 
 
 def names() -> list[str]:
@@ -58,15 +58,30 @@ def image_transform(split: str, data: pipeline.Config, image_size: int):
 def open_source(task, split: str, data: pipeline.Config):
     """What `task` reads in this split: its own source where it has one, else the images of `data`.
 
-    Raises UserError if they have more classes than the task's network, and what opening them raises.
+    Raises UserError if their classes do not fit the task's network, and what opening them raises.
     """
     if hasattr(task, "open_source"):
         return task.open_source(split, data)
     source = pipeline.open_source(data, split, task.image_size)
-    found = len(source.classes)
-    if found > getattr(task, "num_classes", found):
-        raise errors.UserError(f"config.model.net.num_classes = {task.num_classes}, but the data has {found} classes")
+    if hasattr(task, "num_classes"):
+        check_classes(source, task.num_classes)
     return source
+
+
+def check_classes(source, num_classes: int) -> None:
+    """Raises UserError unless the classes of `source`, where they are known, can be those of a network; says if they are few."""
+    found, shown = len(source.classes), parameters.shortened(list(source.classes), walk.SHOWN)
+    if found > num_classes:
+        raise errors.UserError(f"config.model.net.num_classes = {num_classes}, but the data has {found} classes: {shown}")
+    base = source.source if isinstance(source, pipeline.Part) else source
+    flat = isinstance(base, sources.ImageFolder) and (base.classes == ("all",) or base.labels.min() < 0)
+    if flat or found == 1 < num_classes:
+        raise errors.UserError(
+            f"config.data.path: {source!r} does not tell the classes of its images (found: {shown}); "
+            f"the network has {num_classes}: put the images of each class into a folder of their own, in both splits"
+        )
+    if 0 < found < num_classes:
+        walk.announce(f"{source!r} has {found} classes ({shown}), the network {num_classes}: some are never seen")
 
 
 @dataclasses.dataclass(frozen=True)

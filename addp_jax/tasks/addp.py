@@ -9,11 +9,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from addp_jax import diffusion, errors, partition, samplers, tasks, writers
+from addp_jax import diffusion, errors, partition, samplers, schema, tasks, writers
 from addp_jax.data import pipeline
 from addp_jax.interop import weights
 from addp_jax.metrics import averages
 from addp_jax.models import pixel_to_token, token_predictor, tokenizer
+from addp_jax.ops import keys
 from addp_jax.samplers import alternating
 
 COLUMNS = 8  # of the evaluation's denoising picture
@@ -26,13 +27,15 @@ class Config:
     net: pixel_to_token.Config = pixel_to_token.Config()
     predictor: token_predictor.Config = token_predictor.Config()
     tokenizer: tokenizer.Config = tokenizer.Config()
-    tokenizer_weights: str = ""  # run folder or weight file of a tokenizer; "random" for benchmarks
-    predictor_weights: str = ""  # run folder or weight file of a token predictor; "random" for benchmarks
-    masks: diffusion.MaskSchedule = diffusion.MaskSchedule()
-    teacher_dropout: bool = False  # True: the token predictor's dropout stays on, as in the released training
-    label_smoothing: float = 0.1
-    sampler: alternating.Config = alternating.Config()
-    num_samples: int = 16  # in the evaluation's picture
+    # Run folders or weight files of the frozen networks, "random" for benchmarks. Their content matters, not their paths.
+    tokenizer_weights: str = schema.field("", matters=schema.NOTHING)
+    predictor_weights: str = schema.field("", matters=schema.NOTHING)
+    masks: diffusion.MaskSchedule = schema.field(diffusion.MaskSchedule(), matters=schema.TRAINING)
+    # True: the token predictor's dropout stays on, as in the released training.
+    teacher_dropout: bool = schema.field(False, matters=schema.TRAINING)
+    label_smoothing: float = schema.field(0.1, least=0, below=1, matters=schema.TRAINING)
+    sampler: alternating.Config = schema.field(alternating.Config(), matters=schema.NOTHING)
+    num_samples: int = schema.field(16, least=1, matters=schema.NOTHING)  # in the evaluation's picture
 
 
 class Task:
@@ -54,8 +57,7 @@ class Task:
         self.capacity = config.net.length - int(diffusion.grid_num_masked(config.masks, config.net.length).min())
         tokenizer.check_pair(config.tokenizer, config.net.length, config.net.num_codes, "config.model.net")
         tokenizer.check_pair(config.tokenizer, config.predictor.length, config.predictor.num_codes, "config.model.predictor")
-        if config.masks.max_jump < 1:
-            raise errors.UserError(f"config.model.masks.max_jump: {config.masks.max_jump}; use at least 1")
+        check_masks(config.masks)
         if config.net.encoder.image_size != config.tokenizer.image_size:
             raise errors.UserError("config.model.net.encoder.image_size differs from config.model.tokenizer.image_size")
 
@@ -64,13 +66,15 @@ class Task:
 
     def load_frozen(self):
         init, path = functools.partial(token_predictor.init, self.predictor), self.config.predictor_weights
-        predictor = weights.load(path, "token_predictor", init, "config.model.predictor_weights")
-        return self.load_for_sampling() | {"token_predictor": predictor}
+        frozen, field = self.load_for_sampling(), "config.model.predictor_weights"
+        predictor = weights.load(path, "token_predictor", init, self.config.predictor, field, frozen["tokenizer"])
+        return frozen | {"token_predictor": predictor}
 
     def load_for_sampling(self):
         """The token predictor only teaches: no sampler asks it."""
         init, path = functools.partial(tokenizer.init, self.tokenizer), self.config.tokenizer_weights
-        return {"tokenizer": weights.load(path, "tokenizer", init, "config.model.tokenizer_weights")}
+        field = "config.model.tokenizer_weights"
+        return {"tokenizer": weights.load(path, "tokenizer", init, self.config.tokenizer, field)}
 
     def loss(self, params, frozen, batch, rng, train: bool):
         loss, _ = self._per_example(params, frozen, batch, rng, train)
@@ -104,7 +108,7 @@ class Task:
 
     def evaluate(self, params, frozen, batches):
         """Loss over `batches`, also by mask ratio; pictures of original, corrupted and predicted images, and samples."""
-        key, shown, by_ratio = jax.random.key(0), [], averages.ByMaskRatio()
+        key, shown, by_ratio = keys.of(0, "evaluation"), [], averages.ByMaskRatio()
 
         def losses():
             for index, batch in enumerate(batches):
@@ -116,7 +120,7 @@ class Task:
                 yield {"loss": loss}, valid
 
         scalars = averages.mean_over(losses()) | by_ratio.means()
-        samples = self._samples(params, frozen, key)
+        samples = self._samples(params, frozen, keys.of(0, "samples"))
         images = {"samples": writers.grid(samples, columns=math.isqrt(self.config.num_samples))}
         if shown:
             images["denoising"] = self._denoising(frozen, *shown[0])
@@ -137,3 +141,16 @@ class Task:
 
     def transform(self, split: str, data: pipeline.Config):
         return tasks.image_transform(split, data, self.image_size)
+
+
+def check_masks(masks: diffusion.MaskSchedule) -> None:
+    """Raises UserError for a schedule that draws no masks."""
+    for name, good, advice in (
+        ("low", 0 <= masks.low < masks.high, "use a fraction below high"),
+        ("high", masks.high <= 1, "use a fraction, at most 1"),
+        ("std", masks.std > 0, "use a number above 0"),
+        ("max_jump", masks.max_jump >= 1, "use at least 1"),
+        ("group", masks.group >= 1, "use at least 1"),
+    ):
+        if not good:
+            raise errors.UserError(f"config.model.masks.{name}: {getattr(masks, name)}; {advice}")

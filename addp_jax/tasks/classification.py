@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from addp_jax import partition, tasks, writers
+from addp_jax import partition, schema, tasks, writers
 from addp_jax.data import augment, pipeline, transforms
 from addp_jax.interop import encoder
 from addp_jax.metrics import averages
@@ -24,12 +24,14 @@ class Config:
     """Fields of `config.model`."""
 
     net: heads.Config = heads.Config()
-    encoder_weights: str = ""  # run folder or weight file of ADDP; "" = train from scratch
-    mixup: float = 0.8  # alpha; 0 = off
-    cutmix: float = 1.0  # alpha; 0 = off
-    label_smoothing: float = 0.1
-    augment: augment.Config = augment.Config()
-    crop_pct: float = 1.0  # of the resized short side that the evaluation's centre crop keeps
+    # Run folder or weight file of ADDP; "" = train from scratch. Its content matters, not its path.
+    encoder_weights: str = schema.field("", matters=schema.NOTHING)
+    mixup: float = schema.field(0.8, least=0, matters=schema.TRAINING)  # alpha; 0 = off
+    cutmix: float = schema.field(1.0, least=0, matters=schema.TRAINING)  # alpha; 0 = off
+    label_smoothing: float = schema.field(0.1, least=0, below=1, matters=schema.TRAINING)
+    augment: augment.Config = schema.field(augment.Config(), matters=schema.TRAINING)
+    # Of the resized short side that the evaluation's centre crop keeps.
+    crop_pct: float = schema.field(1.0, above=0, most=1, matters=schema.NOTHING)
 
 
 class Task:
@@ -98,20 +100,26 @@ def report(batches, num_classes: int):
     top1, top5: accuracy over the examples; class_mean, class_worst: over the classes that have examples;
     class/0, class/1, ...: of each, where there are few. The picture shows those of all classes.
     """
-    matrix = np.zeros((num_classes, num_classes), np.int64)
+    square = num_classes <= writers.SQUARE_CLASSES  # of more classes no picture shows which were taken for which
+    matrix = np.zeros((num_classes, num_classes) if square else 0, np.int64)
+    hits, counts = np.zeros((2, num_classes), np.int64)
 
     def each():
         for batch in batches:
             logits, labels, valid = partition.whole(batch)
-            matrix[:] += metrics.confusion(labels[valid], logits.argmax(1)[valid], num_classes)
-            values = {"loss": metrics.cross_entropy(logits, labels)}
-            yield values | {f"top{k}": metrics.in_top(logits, labels, k) for k in (1, 5)}, valid
+            tops = {f"top{k}": metrics.in_top(logits, labels, k) for k in (1, 5)}
+            np.add.at(counts, labels[valid], 1)
+            np.add.at(hits, labels[valid & tops["top1"]], 1)
+            if square:
+                decided = valid & (tops["top1"] | (logits.argmax(1) != labels))  # a tie is not taken for the label
+                matrix[:] += metrics.confusion(labels[decided], logits.argmax(1)[decided], num_classes)
+            yield {"loss": metrics.cross_entropy(logits, labels)} | tops, valid
 
     scalars = averages.mean_over(each())
     if not scalars:
         return {}, {}
-    of_classes = metrics.class_accuracy(matrix)
+    of_classes = metrics.class_accuracy(hits, counts)
     scalars |= {"class_mean": float(np.nanmean(of_classes)), "class_worst": float(np.nanmin(of_classes))}
     if num_classes <= writers.NUMBERED_CLASSES:
         scalars |= {f"class/{n}": float(value) for n, value in enumerate(of_classes) if np.isfinite(value)}
-    return scalars, {"confusion": writers.confusion(matrix)}
+    return scalars, {"confusion": writers.confusion(of_classes, matrix if square else None)}

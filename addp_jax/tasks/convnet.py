@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import optax
 from einops import rearrange
 
-from addp_jax import partition, tasks, writers
+from addp_jax import partition, schema, tasks, writers
 from addp_jax.data import pipeline
 from addp_jax.metrics import averages
+from addp_jax.metrics import classification as metrics
 from addp_jax.models import convnet
 
 NUM_PICTURES = 32  # of the evaluation's grid
@@ -30,9 +31,11 @@ class Config:
     """Fields of `config.model`."""
 
     net: convnet.Config = convnet.Config()
-    label_smoothing: float = 0.05
-    noise: float = 0.08  # standard deviation of the pixel noise on training images, at most; drawn per image
-    outliers: float = 0.25  # share of the training images that are spoiled and belong to no class
+    label_smoothing: float = schema.field(0.05, least=0, below=1, matters=schema.TRAINING)
+    # Standard deviation of the pixel noise on training images, at most; drawn per image.
+    noise: float = schema.field(0.08, least=0, matters=schema.TRAINING)
+    # Share of the training images that are spoiled and belong to no class.
+    outliers: float = schema.field(0.25, least=0, below=1, matters=schema.TRAINING)
 
 
 class Task:
@@ -70,7 +73,7 @@ class Task:
         top = logits.argmax(-1)
         values = {
             "loss": optax.softmax_cross_entropy(logits, target),
-            "accuracy": (top == batch["label"]).astype(jnp.float32),
+            "accuracy": metrics.in_top(logits, batch["label"], 1, jnp).astype(jnp.float32),
             "top": top,
             "confidence": jax.nn.softmax(logits).max(-1),
         }

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from addp_jax import errors, parameters, partition
+from addp_jax import errors, files, parameters, partition, schema, tasks
 from addp_jax.data import features, pipeline, sources, transforms
 from addp_jax.interop import encoder
 from addp_jax.metrics import averages, nearest
@@ -35,16 +35,17 @@ class Config:
     """Fields of `config.model`."""
 
     encoder: vit.Config = vit.Config()  # as pre-trained: with its input and final LayerNorm
-    num_classes: int = 1000  # C
-    encoder_weights: str = ""  # run folder or weight file of ADDP; "random" for the chance level
-    cache: str = "runs/features"  # folder of the computed features
+    num_classes: int = schema.field(1000, least=1)  # C
+    # Run folder or weight file of ADDP; "random" for the chance level. Its content matters, not its path.
+    encoder_weights: str = schema.field("", matters=schema.NOTHING)
+    cache: str = schema.field("runs/features", matters=schema.NOTHING)  # folder of the computed features
     block: int = -1  # whose output is taken, from 1; -1 = the last, after the final LayerNorm
     pooling: str = "mean"  # mean (of the patches) | class (the class token)
-    crop_pct: float = 1.0  # of the resized short side that the centre crop keeps
-    shots: int = 0  # training examples per class; 0 = all
-    shots_seed: int = 0  # of their choice
-    neighbours: int = 20  # k of the k-NN classifier; 0 = none
-    temperature: float = 0.07  # of its weighted vote
+    crop_pct: float = schema.field(1.0, above=0, most=1)  # of the resized short side that the centre crop keeps
+    shots: int = schema.field(0, least=0, matters=schema.TRAINING)  # training examples per class; 0 = all
+    shots_seed: int = schema.field(0, matters=schema.TRAINING)  # of their choice
+    neighbours: int = schema.field(20, least=0, matters=schema.NOTHING)  # k of the k-NN classifier; 0 = none
+    temperature: float = schema.field(0.07, above=0, matters=schema.NOTHING)  # of its weighted vote
 
     def __post_init__(self):
         if not (self.block == -1 or 1 <= self.block <= self.encoder.depth):
@@ -99,8 +100,10 @@ class Task:
     def _features(self, split: str, data: pipeline.Config) -> features.Features:
         config = self.config
         source = pipeline.open_source(data, split, self.image_size)
+        tasks.check_classes(source, self.num_classes)
         settings = config.encoder, self.block, config.pooling, config.crop_pct, jnp.dtype(self.dtype).name
-        key = features.identity(parameters.content_hash(self._encoder), sources.fingerprint(source), repr(settings))
+        key = features.identity(parameters.content_hash(self._encoder), sources.fingerprint(source, times=True), repr(settings))
+        files.require_writable(config.cache, "config.model.cache")
         found = features.cached(config.cache, key, source, lambda: self._compute(source, data))
         if found.labels.max() >= self.num_classes:
             raise errors.UserError(
@@ -114,7 +117,8 @@ class Task:
         frozen = partition.put({"encoder": self._encoder}, partition.replicated(self._mesh))
         function = functools.partial(jax.jit(self.features), {}, frozen)
         size = partition.batch_size(BATCH_SIZE, self._mesh)
-        yield from features.batches_of(source, transform, function, data, size, self._mesh)
+        for rows, labels, valid in features.batches_of(source, transform, function, data, size, self._mesh):
+            yield rows[valid], labels[valid]
 
     def loss(self, params, frozen, batch, rng, train: bool):
         logits = self._logits(params, batch["features"])

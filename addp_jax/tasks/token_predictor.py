@@ -9,11 +9,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from addp_jax import diffusion, partition, samplers, tasks, writers
+from addp_jax import diffusion, errors, partition, samplers, schema, tasks, writers
 from addp_jax.data import pipeline
 from addp_jax.interop import weights
-from addp_jax.metrics import averages
+from addp_jax.metrics import averages, classification
 from addp_jax.models import token_predictor, tokenizer
+from addp_jax.ops import keys
 from addp_jax.samplers import token_only
 
 
@@ -23,14 +24,20 @@ class Config:
 
     net: token_predictor.Config = token_predictor.Config()
     tokenizer: tokenizer.Config = tokenizer.Config()
-    tokenizer_weights: str = ""  # run folder or weight file of a tokenizer; "random" for benchmarks
-    mask_low: float = 0.5  # mask ratio ~ normal(mask_mean, mask_std) cut to [mask_low, mask_high]
-    mask_high: float = 1.0
-    mask_mean: float = 0.55
-    mask_std: float = 0.25
-    label_smoothing: float = 0.1
-    sampler: token_only.Config = token_only.Config()
-    num_samples: int = 16  # in the evaluation's picture
+    # Run folder or weight file of the frozen tokenizer, "random" for benchmarks. Its content matters, not its path.
+    tokenizer_weights: str = schema.field("", matters=schema.NOTHING)
+    # Mask ratio ~ normal(mask_mean, mask_std) cut to [mask_low, mask_high].
+    mask_low: float = schema.field(0.5, least=0, below=1, matters=schema.TRAINING)
+    mask_high: float = schema.field(1.0, above=0, most=1, matters=schema.TRAINING)
+    mask_mean: float = schema.field(0.55, matters=schema.TRAINING)
+    mask_std: float = schema.field(0.25, above=0, matters=schema.TRAINING)
+    label_smoothing: float = schema.field(0.1, least=0, below=1, matters=schema.TRAINING)
+    sampler: token_only.Config = schema.field(token_only.Config(), matters=schema.NOTHING)
+    num_samples: int = schema.field(16, least=1, matters=schema.NOTHING)  # in the evaluation's picture
+
+    def __post_init__(self):
+        if self.mask_low > self.mask_high:
+            raise errors.UserError(f"config.model.mask_low: {self.mask_low} is above mask_high = {self.mask_high}")
 
 
 class Task:
@@ -56,9 +63,9 @@ class Task:
         return self.load_for_sampling()
 
     def load_for_sampling(self):
-        init = functools.partial(tokenizer.init, self.tokenizer)
-        path = self.config.tokenizer_weights
-        return {"tokenizer": weights.load(path, "tokenizer", init, "config.model.tokenizer_weights")}
+        init, path = functools.partial(tokenizer.init, self.tokenizer), self.config.tokenizer_weights
+        field = "config.model.tokenizer_weights"
+        return {"tokenizer": weights.load(path, "tokenizer", init, self.config.tokenizer, field)}
 
     def loss(self, params, frozen, batch, rng, train: bool):
         values = self._per_example(params, frozen, batch, rng, train)
@@ -74,7 +81,7 @@ class Task:
             {"params": params["token_predictor"]}, token_ids, mask, kept, train, rngs={"dropout": dropout_key}
         )[..., : self.config.net.num_codes]
         target = jax.nn.one_hot(token_ids, self.config.net.num_codes)
-        right = (logits.argmax(-1) == token_ids) & mask
+        right = classification.in_top(logits, token_ids, 1, jnp) & mask
         return {
             "loss": diffusion.soft_cross_entropy(target, logits, mask, self.config.label_smoothing),
             "accuracy": right.sum(-1) / mask.sum(-1),
@@ -95,7 +102,7 @@ class Task:
 
     def evaluate(self, params, frozen, batches):
         """Loss, also by mask ratio, and accuracy over `batches`; a grid of samples from the predictor alone."""
-        key, losses = jax.random.key(0), averages.ByMaskRatio()
+        key, losses = keys.of(0, "evaluation"), averages.ByMaskRatio()
 
         def values():
             for index, batch in enumerate(batches):
@@ -105,7 +112,7 @@ class Task:
                 yield found, valid
 
         scalars = averages.mean_over(values()) | losses.means()
-        samples = self._samples(params, frozen, key)
+        samples = self._samples(params, frozen, keys.of(0, "samples"))
         return scalars, {"samples": writers.grid(samples, columns=math.isqrt(self.config.num_samples))}
 
     def nets(self, params, frozen) -> samplers.Nets:

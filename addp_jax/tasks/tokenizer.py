@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from addp_jax import errors, partition, tasks, writers
+from addp_jax import errors, partition, schema, tasks, writers
 from addp_jax.data import pipeline
 from addp_jax.interop import features
 from addp_jax.metrics import reconstruction
@@ -27,18 +27,21 @@ class Config:
     """Fields of `config.model`; the loss weights are MaskGIT's."""
 
     net: tokenizer.Config = tokenizer.Config()
-    adversary: adversary.Config = adversary.Config()
-    l2_weight: float = 1.0
-    l1_weight: float = 0.0
-    codebook_weight: float = 1.0  # pulls codes to features
-    commitment_weight: float = 0.25  # pulls features to codes
-    entropy_weight: float = 0.1
-    entropy_temperature: float = 0.01
-    adversary_weight: float = 0.1  # of the tokenizer's wish to pass for real; 0 = no adversary is made at all
-    r1_weight: float = 10.0  # gradient penalty of the adversary on real images
-    perceptual_weight: float = 0.1
-    perceptual_weights: str = ""  # torchvision's vgg16 .pth or .safetensors; "" = no perceptual term
-    lpips_weights: str = ""  # LPIPS' v0.1/vgg .pth or .safetensors, for the evaluation, with perceptual_weights; "" = no LPIPS
+    adversary: adversary.Config = schema.field(adversary.Config(), matters=schema.TRAINING)
+    l2_weight: float = schema.field(1.0, least=0, matters=schema.TRAINING)
+    l1_weight: float = schema.field(0.0, least=0, matters=schema.TRAINING)
+    codebook_weight: float = schema.field(1.0, least=0, matters=schema.TRAINING)  # pulls codes to features
+    commitment_weight: float = schema.field(0.25, least=0, matters=schema.TRAINING)  # pulls features to codes
+    entropy_weight: float = schema.field(0.1, matters=schema.TRAINING)
+    entropy_temperature: float = schema.field(0.01, above=0, matters=schema.TRAINING)
+    # Of the tokenizer's wish to pass for real; 0 = no adversary is made at all.
+    adversary_weight: float = schema.field(0.1, least=0, matters=schema.TRAINING)
+    r1_weight: float = schema.field(10.0, least=0, matters=schema.TRAINING)  # gradient penalty on real images
+    perceptual_weight: float = schema.field(0.1, least=0, matters=schema.TRAINING)
+    # torchvision's vgg16 .pth or .safetensors; "" = no perceptual term.
+    perceptual_weights: str = schema.field("", matters=schema.NOTHING)
+    # LPIPS' v0.1/vgg .pth or .safetensors, for the evaluation, with perceptual_weights; "" = no LPIPS.
+    lpips_weights: str = schema.field("", matters=schema.NOTHING)
 
 
 class Task:

@@ -1,0 +1,155 @@
+"""Data sets that were prepared beforehand: array_record shards of our own, and TensorFlow Datasets."""
+
+import glob
+import os
+import re
+
+import grain
+import msgpack
+import numpy as np
+
+from addp_jax import errors, files
+from addp_jax.data import sources, walk
+
+
+class ArrayRecord:
+    """Shards written by `python -m addp_jax.data.pack`.
+
+    Args:
+      path: the folder of the shards, or a glob that matches them.
+      split: shards named `<split>-00000-of-00004.array_record` are read.
+
+    Raises:
+      UserError: no shard, a missing shard, or a file of another format.
+    """
+
+    def __init__(self, path: str, split: str = "train"):
+        self.path, self.split = path, split
+        shard_files = shards(path, split)
+        folder = os.path.dirname(shard_files[0])
+        self._records = _open_shards(shard_files)
+        names = os.path.join(folder, f"{split}-classes.json")
+        try:
+            self.classes = tuple(files.read_json(names))
+            if not all(isinstance(name, str) for name in self.classes):
+                raise ValueError("not a list of names")
+        except (OSError, ValueError, TypeError) as error:
+            raise errors.UserError(f"config.data.path: cannot read {names}: {files.reason(error)}") from error
+
+    def fingerprint(self, times: bool = False) -> str:
+        """Changes with the shards: their names and sizes, with `times` also their place and time of change."""
+        return sources.file_fingerprint(shards(self.path, self.split), times=times)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, i: int) -> dict:
+        try:
+            record = msgpack.unpackb(self._records[int(i)])
+            image, label, path = record["image"], record["label"], record["path"]
+            if not isinstance(image, bytes) or not isinstance(path, str) or type(label) is not int:
+                raise ValueError("an entry of another type")
+            if not walk.UNKNOWN <= label <= sources.LARGEST_LABEL:
+                raise ValueError(f"label {label}")
+        except Exception as error:  # array_record raises bare C++ errors
+            where = f"{self.path!r}, split {self.split}, record {i}"
+            raise errors.Unreadable(f"{where}: damaged, or not by addp_jax.data.pack: {files.reason(error)}") from error
+        return {"image": image, "label": np.int32(label), "index": np.int32(i), "path": files.printable(path)}
+
+    def __repr__(self) -> str:
+        return f"ArrayRecord({self.path!r}, {self.split!r}, {len(self)} images)"
+
+
+def _open_shards(paths: list[str]):
+    """The records of all shards. Raises UserError naming the one that cannot be opened."""
+    try:
+        return grain.sources.ArrayRecordDataSource(paths)
+    except Exception as error:  # array_record raises bare C++ errors, which name no file
+        for path in paths:
+            try:
+                len(grain.sources.ArrayRecordDataSource([path]))
+            except Exception as one:
+                raise errors.UserError(f"config.data.path: {path} is damaged or cut short ({files.reason(one)})") from one
+        raise errors.UserError(f"config.data.path: cannot open {paths[0]} and the others: {files.reason(error)}") from error
+
+
+def shards(path: str, split: str) -> list[str]:
+    """The shard files of a split, in order.
+
+    Raises:
+      UserError: there is none, or fewer than their names promise.
+    """
+    pattern = re.compile(re.escape(split) + r"-\d+-of-(\d+)\.array_record")
+    candidates = sorted(glob.glob(os.path.join(glob.escape(path), "*") if os.path.isdir(path) else path))
+    found = [(file, match) for file in candidates if (match := pattern.fullmatch(os.path.basename(file)))]
+    if not found:
+        raise errors.UserError(
+            f"config.data.path: no {split}-*.array_record in {path!r}; write them with python -m addp_jax.data.pack"
+        )
+    promised = int(found[0][1].group(1))
+    if len(found) != promised:
+        raise errors.UserError(f"config.data.path: {len(found)} of {promised} {split} shards found in {path!r}")
+    for file, _ in found:
+        if not os.path.isfile(file):
+            raise errors.UserError(f"config.data.path: {file} is not a regular file")
+    return [file for file, _ in found]
+
+
+class Tfds:
+    """A TensorFlow data set prepared as array_record; read without TensorFlow.
+
+    Args:
+      name: e.g. "imagenet2012".
+      split: a TFDS split, e.g. "train" or "validation[:1000]".
+      data_dir: where it was prepared; "" = the TFDS default.
+
+    Raises:
+      UserError: unknown, not prepared, prepared as TFRECORD, without such a
+        split, or without images and labels.
+    """
+
+    def __init__(self, name: str, split: str = "train", data_dir: str = ""):
+        self.name, self.split = name, split
+        self._data = _tfds_data(name, split, data_dir)
+        features = self._data.dataset_info.features
+        if "image" not in features or "label" not in features:
+            raise errors.UserError(f"config.data.name: {name!r} has no image and label; it has {sorted(features)}")
+        self.classes = tuple(features["label"].names or ())
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, i: int) -> dict:
+        example = self._data[int(i)]
+        where = f"{self.name} {self.split} example {i}"
+        return {"image": example["image"], "label": np.int32(example["label"]), "index": np.int32(i), "path": where}
+
+    def fingerprint(self, times: bool = False) -> str:
+        """Changes with the prepared files and the split, with `times` also with their place and time of change."""
+        prepared = sorted(glob.glob(os.path.join(glob.escape(self._data.dataset_info.data_dir), "*")))
+        return sources.file_fingerprint(prepared, self.split.encode(), times)
+
+    def __repr__(self) -> str:
+        return f"Tfds({self.name!r}, {self.split!r}, {len(self)} images)"
+
+
+def _tfds_data(name: str, split: str, data_dir: str):
+    place = repr(data_dir) if data_dir else "the TFDS default folder"
+    build = f"run tfds build {name} --file_format=array_record"
+    try:
+        import tensorflow_datasets as tfds
+
+        builder = tfds.builder(name, data_dir=data_dir or None)
+    except ImportError as error:
+        raise errors.UserError("config.data.source=tfds: run pip install tensorflow-datasets") from error
+    except Exception as error:  # every failure has its own type; the message lists all data sets
+        raise errors.UserError(f"config.data.name: TFDS knows no {name!r}, nor is it in {place}") from error
+    if not builder.info.splits:
+        raise errors.UserError(f"config.data.name: {name!r} is not in {place}; set config.data.path or {build}")
+    try:
+        return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    except NotImplementedError as error:
+        raise errors.UserError(f"config.data.name: {name!r} in {place} is stored as TFRECORD; {build}") from error
+    except Exception as error:  # a wrong split raises KeyError or ValueError, depending on its form
+        have = f"has no {split!r}, it has {', '.join(builder.info.splits)}"
+        raise errors.UserError(f"config.data.train_split/eval_split: {name!r} {have}") from error
