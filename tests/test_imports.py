@@ -20,7 +20,8 @@ LAYERS = (
     {"tasks"},
     {"interop"},
     {"models", "samplers", "metrics", "data", "optim", "checkpoint", "writers", "sample_folder"},
-    {"diffusion", "flops", "hlo", "topologies", "partition", "processes", "ops", "parameters", "schema"},
+    {"lock", "provenance"},
+    {"diffusion", "flops", "hlo", "topologies", "partition", "processes", "ops", "parameters", "manifest", "schema"},
     {"files"},
     {"errors"},
 )
