@@ -2,43 +2,60 @@
 
 Layout of a work directory::
 
+    <workdir>/lock                             while a run is at work, see `lock`
     <workdir>/checkpoints/identity.json        which run this is (fields that decide the numbers)
     <workdir>/checkpoints/<step>/state/...     what orbax writes; appears by one rename
-    <workdir>/checkpoints/<step>/blake2.json   size and hash of every file of that step
+    <workdir>/checkpoints/<step>/identity.json a copy; where both can be read, the copy counts
+    <workdir>/checkpoints/<step>/blake2.json   size and hash of every file of that step, see `manifest`
     <workdir>/checkpoints/<step>.damaged/      set aside by a restore, never deleted
 
 Orbax keeps no checksums: a flipped byte restores silently. Hence the hashes. A step without
-`blake2.json` was killed between its commit and its hashing; it is accepted if it restores.
+`blake2.json`, or with a torn one, was killed between its commit and its hashing; it is accepted if it restores.
+A step that the manifest proves sound and that cannot be used all the same is a UserError that names its folder.
 """
 
 import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
+import errno
+import itertools
 import json
 import logging
+import math
 import os
 import pathlib
 import re
 import shutil
 import sys
-import tempfile
+import warnings
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
-from flax import traverse_util
 
-from addp_jax import errors, parameters, processes
+from addp_jax import errors, files, lock, manifest, parameters, processes, provenance
 
-MANIFEST = "blake2.json"
-IDENTITY = "identity.json"
+STEP = re.compile("0|[1-9][0-9]*")  # how a step's folder is named
+# Bytes of arrays that the files of a step may claim: 4096 times their own size, and 256 MiB, as compressed zeros need none.
+EXPANSION, ZEROS = 4096, 2**28
+
+differences = provenance.differences
 
 # Orbax logs each save at length, and what it logs as an error it raises as well.
 absl_logging.get_absl_logger().addFilter(
     lambda record: record.levelno >= logging.CRITICAL or "/orbax/" not in record.pathname
 )
+
+
+def _unraisable(event, before=sys.unraisablehook):
+    """Of a failed read or write, orbax raises the first error and closes its loop; what still ends then cannot report there."""
+    if not (event.exc_type is RuntimeError and str(event.exc_value) == "Event loop is closed"):
+        before(event)
+
+
+sys.unraisablehook = _unraisable
+warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)  # the same, of what had not begun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +83,11 @@ class Checkpointer:
 
         Raises UserError if `workdir` cannot be written to, or holds checkpoints of another identity.
         """
-        if "://" in str(workdir):
-            raise errors.UserError(f"--workdir {workdir} is a URL: mount the bucket and give a folder")
-        self._root = pathlib.Path(workdir).absolute() / "checkpoints"
+        self._root = pathlib.Path(lock.folder(workdir)) / "checkpoints"
         self._config = config
-        _require_writable(self._root)
-        _require_identity(self._root, identity)
+        self._identity = json.dumps(identity, indent=1)
+        files.require_writable(self._root, "--workdir")
+        _require_identity(self._root, self._identity)
         self._manager = None
         self._pending = None  # the save under way: a future
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
@@ -103,7 +119,7 @@ class Checkpointer:
         one before it, found no space or could not write.
         """
         self.wait()
-        if step in self._orbax().all_steps():
+        if step in _steps(self._root):
             return
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state))
         try:
@@ -151,7 +167,8 @@ class Checkpointer:
         """Runs in the background: waits for orbax's rename (older steps go after it), then hashes."""
         self._orbax().wait_until_finished()
         if jax.process_index() == 0:
-            _write_manifest(self._root / str(step))
+            files.write_text(self._root / str(step) / provenance.NAME, self._identity)
+            manifest.write_manifest(self._root / str(step))
 
     def _fail(self, step, error):
         """Drops the manager, which would raise the same error again, and says what is left."""
@@ -160,10 +177,12 @@ class Checkpointer:
             with contextlib.suppress(Exception):
                 finish()
         text = str(error)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            text = "No space left on device"
         full = re.search("No space left on device|Disk quota exceeded", text)  # from OSError and tensorstore
         if not full and not isinstance(error, OSError) and "os_error_code" not in text:
             raise error
-        cause = "no space left on" if full else f"cannot write ({_first_line(error)}) to"
+        cause = "no space left on" if full else f"cannot write ({files.reason(error)}) to"
         good = _steps(self._root)
         last = f"the last good checkpoint is step {good[0]}" if good else "there is no good checkpoint"
         raise errors.UserError(f"checkpoint {step}: {cause} {self._root}; {last}") from error
@@ -180,7 +199,7 @@ class Checkpointer:
 
     def _read(self, folder, abstract_state):
         with ocp.PyTreeCheckpointer() as reader:
-            saved = parameters.named_leaves(reader.metadata(folder / "state").item_metadata.tree)
+            saved = parameters.named_leaves(_metadata(reader, folder))
         wanted = parameters.named_leaves(abstract_state)
         differences = parameters.differences(saved, wanted, lambda leaf: f"{leaf.dtype}{list(leaf.shape)}")
         if differences:
@@ -194,8 +213,11 @@ class Checkpointer:
         if jax.process_index() == 0:
             then = "no older one is left" if older is None else f"going on from step {older}"
             print(f"checkpoint {folder} is damaged ({problem}); {then}", file=sys.stderr)
-            before = len(list(self._root.glob(f"{step}.damaged*")))
-            os.rename(folder, f"{folder}.damaged{before or ''}")
+            names = (f"{folder}.damaged{number or ''}" for number in itertools.count())
+            try:
+                os.rename(folder, next(name for name in names if not os.path.lexists(name)))
+            except OSError as error:
+                raise errors.UserError(f"cannot set aside the damaged {folder}: {files.reason(error)}") from error
         processes.agreed(True)  # wait for the rename
         self._orbax().reload()
 
@@ -208,7 +230,7 @@ def load_params(path, *, ema):
     Returns (nested dict of numpy arrays, {"path", "step", "ema", "identity"}); "ema" says which
     it was. Changes nothing on disk. Raises UserError if there is no undamaged checkpoint.
     """
-    path = pathlib.Path(path).absolute()
+    path = pathlib.Path(files.expand(os.fspath(path))).absolute()
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     one_step = path.name.isdecimal() and (path / "state").is_dir()
     folders = [path] if one_step else [root / str(step) for step in _steps(root)]
@@ -219,7 +241,8 @@ def load_params(path, *, ema):
         if not problem:
             result, problem = _attempt(folder, lambda: _read_params(folder, ema))
         if not problem:
-            return result
+            params, info = result
+            return params, info | {"identity": provenance.find(folder.parent, [folder])[0] or {}}
         if jax.process_index() == 0:
             print(f"checkpoint {folder} is damaged ({problem}); not used", file=sys.stderr)
     raise errors.UserError(f"all checkpoints in {path} are damaged")
@@ -230,21 +253,22 @@ def save_params(path, params, identity):
 
     Raises UserError if checkpoints are there already, or the folder cannot be written to; then nothing is left behind.
     """
-    require_no_checkpoints(path)
-    root = pathlib.Path(path).absolute() / "checkpoints"
-    new = not root.exists()
-    try:
-        with contextlib.closing(Checkpointer(path, Config(), identity)) as checkpointer:
-            checkpointer.save(0, {"params": params})
-    except BaseException:
-        if new:
-            shutil.rmtree(root, ignore_errors=True)
-        raise
+    root = pathlib.Path(lock.folder(path)) / "checkpoints"
+    with lock.hold(path):
+        require_no_checkpoints(path)
+        new = not root.exists()
+        try:
+            with contextlib.closing(Checkpointer(path, Config(), identity)) as checkpointer:
+                checkpointer.save(0, {"params": params})
+        except BaseException:
+            if new:
+                shutil.rmtree(root, ignore_errors=True)
+            raise
 
 
 def require_no_checkpoints(path):
     """Raises UserError if the work directory `path` holds checkpoints."""
-    if _steps(pathlib.Path(path) / "checkpoints"):
+    if _steps(pathlib.Path(lock.folder(path)) / "checkpoints"):
         raise errors.UserError(f"{path} already holds checkpoints; use another --workdir")
 
 
@@ -252,60 +276,41 @@ def _steps(root):
     """Steps with a folder, newest first; orbax names a folder by its step only once committed."""
     if not root.is_dir():
         return []
-    return sorted((int(entry.name) for entry in root.iterdir() if entry.name.isdecimal()), reverse=True)
-
-
-def _write_manifest(folder):
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    entries = {file.relative_to(folder).as_posix(): [file.stat().st_size, _hash_file(file)] for file in files}
-    _write_atomically(folder / MANIFEST, json.dumps(entries, indent=0))
+    return sorted((int(entry.name) for entry in root.iterdir() if STEP.fullmatch(entry.name)), reverse=True)
 
 
 def _inspect(folder):
     """What is wrong with a step's files, in a few words; "" if they agree with the manifest or have none."""
-    if not (folder / "state").is_dir():
+    state = folder / "state"
+    if not state.is_dir() and not state.is_symlink():
         return "folder state is missing"
-    if not (folder / MANIFEST).exists():
-        return ""
-    try:
-        entries = json.loads((folder / MANIFEST).read_text())
-        for name, (size, digest) in entries.items():
-            file = folder / name
-            if not file.is_file():
-                return f"file {name}: missing"
-            if file.stat().st_size != size:
-                return f"file {name}: {file.stat().st_size} bytes instead of {size}"
-            if _hash_file(file) != digest:
-                return f"file {name}: hash differs"
-    except OSError as error:
-        return f"cannot be read: {_first_line(error)}"
-    except (ValueError, TypeError, AttributeError):
-        return f"file {MANIFEST}: not readable as JSON"
-    return ""
+    return manifest.inspect(folder)
 
 
-def _hash_file(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _write_atomically(path, text):
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+def _metadata(reader, folder):
+    """The tree of a step's arrays, without their values. Raises ValueError if they cannot be of this size."""
+    found = reader.metadata(folder / "state").item_metadata
+    if not isinstance(getattr(found, "tree", None), dict):
+        raise ValueError("its metadata cannot be read")
+    claimed = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(found.tree))
+    there = sum(manifest.sizes(folder).values())
+    if claimed > EXPANSION * there + ZEROS:
+        raise ValueError(f"its metadata tell of {claimed} bytes of arrays in {there} bytes of files")
+    return found.tree
 
 
 def _read_params(folder, ema):
     with ocp.PyTreeCheckpointer() as reader:
-        tree = reader.metadata(folder / "state").item_metadata.tree
+        tree = _metadata(reader, folder)
         is_ema = bool(ema and jax.tree.leaves(tree.get("ema_params")))
         key = "ema_params" if is_ema else "params"
+        if not jax.tree.leaves(tree.get(key)):
+            raise ValueError("it holds no params")
         item = {key: tree[key]}
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         arguments = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
         params = reader.restore(folder / "state", args=arguments)[key]
-    identity = _read_identity(folder.parent) or {}
-    return params, {"path": str(folder), "step": int(folder.name), "ema": is_ema, "identity": identity}
+    return params, {"path": str(folder), "step": int(folder.name), "ema": is_ema}
 
 
 def _attempt(folder, read):
@@ -313,56 +318,33 @@ def _attempt(folder, read):
     try:
         return read(), ""
     except Exception as error:
-        # With intact files it is memory, sharding or a library, and every other step would fail too.
-        if isinstance(error, errors.UserError) or (folder / MANIFEST).exists():
+        lost = jax.distributed.is_initialized() and processes.LOST.search(str(error))
+        if lost or isinstance(error, (errors.UserError, MemoryError)):
             raise
-        return None, _first_line(error)
+        if not manifest.exists(folder):
+            return None, files.reason(error)
+        # With intact files it is memory, sharding or a library, and every other step would fail too.
+        raise errors.UserError(f"{folder} cannot be used: {files.reason(error)}") from error
 
 
-def _require_writable(root):
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):
-            pass
-    except OSError as error:
-        raise errors.UserError(f"cannot write to --workdir {root.parent}: {error.strerror}") from error
-
-
-def _require_identity(root, identity):
-    """Writes `identity`, or raises UserError if the checkpoints here are those of another."""
-    identity = json.loads(json.dumps(identity))
-    if jax.process_index() == 0 and (_read_identity(root) is None or not _steps(root)):
-        _write_atomically(root / IDENTITY, json.dumps(identity, indent=1))  # there is nothing to mix up
-    processes.agreed(True)  # wait for the file
-    saved = _read_identity(root)
-    if saved is None:
+def _require_identity(root, text):
+    """Writes the identity `text`, or raises UserError if the checkpoints here are those of another."""
+    identity, steps, problem = json.loads(text), _steps(root), ""
+    saved, source = provenance.find(root, [root / str(step) for step in steps]) if steps else (None, None)
+    lines = provenance.differences(saved, identity) if saved is not None else []
+    if lines:
+        advice = parameters.shortened(lines, 5)
+        raise errors.UserError(f"{root} holds checkpoints of another run ({advice}); use another --workdir")
+    processes.agreed(True)  # all have read it
+    if jax.process_index() == 0 and source != root:
+        if steps:
+            what = f"taken from {source}" if source else "not known: taken for those of this config"
+            print(f"{root / provenance.NAME} cannot be used; the run of these checkpoints is {what}", file=sys.stderr)
+        try:
+            files.write_text(root / provenance.NAME, text)
+        except OSError as error:
+            problem = f"cannot write to {root}: {files.reason(error)}"
+    if not processes.agreed(not problem):
+        raise errors.UserError(f"--workdir: {problem or f'the first process cannot write to {root}'}")
+    if not processes.agreed((root / provenance.NAME).exists()):
         raise errors.UserError(f"--workdir {root.parent}: not the same folder for all processes; give one that they share")
-    old, new = (traverse_util.flatten_dict(tree, sep=".") for tree in (saved, identity))
-    fields = [
-        f"{name} was {old.get(name, 'absent')!r}, is {new.get(name, 'absent')!r}"
-        for name in sorted(old.keys() | new.keys())
-        if (name in old, old.get(name)) != (name in new, new.get(name))
-    ]
-    if fields:
-        text = parameters.shortened(fields, 5)
-        raise errors.UserError(f"{root} holds checkpoints of another run ({text}); use another --workdir")
-
-
-def differences(saved, identity):
-    old, new = (traverse_util.flatten_dict(tree, sep=".") for tree in (saved, identity))
-    return [
-        f"{name} was {old.get(name, 'absent')!r}, is {new.get(name, 'absent')!r}"
-        for name in sorted(old.keys() | new.keys())
-        if (name in old, old.get(name)) != (name in new, new.get(name))
-    ]
-
-
-def _read_identity(root):
-    try:
-        return json.loads((root / IDENTITY).read_text()) if (root / IDENTITY).exists() else None
-    except (OSError, ValueError) as error:
-        raise errors.UserError(f"cannot read {root / IDENTITY}: {_first_line(error)}") from error
-
-
-def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from addp_jax import checkpoint, errors, parameters
+from addp_jax import checkpoint, errors, manifest, parameters, provenance
 
 IDENTITY = {"model": {"width": 8, "depth": 2}, "seed": 0, "teacher": "0123456789abcdef"}
 KILLS = 3
@@ -80,7 +80,7 @@ def folders(workdir):
 
 
 def largest_file(folder):
-    files = [file for file in folder.rglob("*") if file.is_file() and file.name != checkpoint.MANIFEST]
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != manifest.NAME]
     return max(files, key=lambda file: file.stat().st_size)
 
 
@@ -128,11 +128,11 @@ def test_newest_and_every_nth_are_kept(tmp_path):
 
 def test_saving_a_saved_step_changes_nothing(tmp_path):
     write_run(tmp_path, [4])
-    before = (tmp_path / "checkpoints/4" / checkpoint.MANIFEST).read_text()
+    before = (tmp_path / "checkpoints/4" / manifest.NAME).read_text()
     run = open_run(tmp_path)
     run.save(4, make_state(9))
     run.close()
-    assert (tmp_path / "checkpoints/4" / checkpoint.MANIFEST).read_text() == before
+    assert (tmp_path / "checkpoints/4" / manifest.NAME).read_text() == before
     assert_equal(restore(tmp_path)[0], make_state(4))
 
 
@@ -180,7 +180,7 @@ def test_every_file_of_a_checkpoint_is_guarded(tmp_path, capsys):
 
 def test_step_killed_before_its_hashing_is_accepted_if_it_restores(tmp_path):
     write_run(tmp_path, [5, 7])
-    (tmp_path / "checkpoints/7" / checkpoint.MANIFEST).unlink()
+    (tmp_path / "checkpoints/7" / manifest.NAME).unlink()
     assert restore(tmp_path)[1] == 7
     shutil.rmtree(tmp_path / "checkpoints/7/state/d")
     shutil.rmtree(tmp_path / "checkpoints/7/state/ocdbt.process_0")
@@ -217,7 +217,7 @@ def test_intact_checkpoint_is_never_set_aside_for_another_failure(tmp_path, monk
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "restore", out_of_memory)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(errors.UserError, match="checkpoints/7 cannot be used: out of memory"):
         run.restore_latest(abstract_state())
     assert folders(tmp_path) == ["5", "7"]
 
@@ -238,7 +238,7 @@ def test_another_configs_run_is_refused_with_the_fields_that_differ(tmp_path):
 def test_work_directory_without_checkpoints_takes_a_new_identity(tmp_path):
     open_run(tmp_path).close()
     open_run(tmp_path, identity={"shape": (1, 2)}).close()
-    assert json.loads((tmp_path / "checkpoints" / checkpoint.IDENTITY).read_text()) == {"shape": [1, 2]}
+    assert json.loads((tmp_path / "checkpoints" / provenance.NAME).read_text()) == {"shape": [1, 2]}
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_state_of_other_shapes_is_refused_by_leaf(tmp_path, options, words):
 
 def test_unwritable_work_directory_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(errors.UserError, match="cannot write to --workdir .*/file/run"):
+    with pytest.raises(errors.UserError, match="--workdir: cannot write to .*/file/run"):
         open_run(tmp_path / "file" / "run")
     with pytest.raises(errors.UserError, match="gs://bucket/run is a URL"):
         open_run("gs://bucket/run")
@@ -264,7 +264,7 @@ def test_unwritable_work_directory_is_named(tmp_path):
 def test_read_only_work_directory_is_named(small_disk):
     if subprocess.run(["mount", "-o", "remount,ro", small_disk], capture_output=True).returncode:
         pytest.skip("remounting is not permitted")
-    with pytest.raises(errors.UserError, match=f"cannot write to --workdir {small_disk}"):
+    with pytest.raises(errors.UserError, match=f"--workdir: cannot write to {small_disk}"):
         open_run(small_disk)
 
 
@@ -419,7 +419,7 @@ def test_console_stays_quiet_but_for_our_own_messages(tmp_path, capfd):
 
 
 def test_hashing_does_not_hold_up_the_loop(tmp_path, monkeypatch):
-    hashing, write = [], checkpoint._write_manifest
+    hashing, write = [], manifest.write_manifest
 
     def slow(folder):
         hashing.append("begun")
@@ -427,9 +427,9 @@ def test_hashing_does_not_hold_up_the_loop(tmp_path, monkeypatch):
         write(folder)
         hashing.append("done")
 
-    monkeypatch.setattr(checkpoint, "_write_manifest", slow)
+    monkeypatch.setattr(manifest, "write_manifest", slow)
     run = open_run(tmp_path)
     run.save(1, make_state(1))
     assert "done" not in hashing
     run.close()
-    assert hashing == ["begun", "done"] and (tmp_path / "checkpoints/1" / checkpoint.MANIFEST).exists()
+    assert hashing == ["begun", "done"] and (tmp_path / "checkpoints/1" / manifest.NAME).exists()

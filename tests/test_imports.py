@@ -22,7 +22,8 @@ LAYERS = (
     {"tasks"},
     {"interop"},
     {"models", "samplers", "metrics", "data", "optim", "checkpoint", "writers", "sample_folder"},
-    {"diffusion", "flops", "hlo", "topologies", "partition", "processes", "ops", "parameters", "schema", "lock", "manifest"},
+    {"lock", "provenance"},
+    {"diffusion", "flops", "hlo", "topologies", "partition", "processes", "ops", "parameters", "manifest", "schema"},
     {"files"},
     {"errors"},
 )
