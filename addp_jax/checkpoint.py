@@ -40,7 +40,6 @@ STEP = re.compile("0|[1-9][0-9]*")  # how a step's folder is named
 # Bytes of arrays that the files of a step may claim: 4096 times their own size, and 256 MiB, as compressed zeros need none.
 EXPANSION, ZEROS = 4096, 2**28
 
-differences = provenance.differences
 
 # Orbax logs each save at length, and what it logs as an error it raises as well.
 absl_logging.get_absl_logger().addFilter(

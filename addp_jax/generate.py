@@ -118,8 +118,8 @@ def generate(program, config: Config, workdir: str) -> None:
         if folder:
             collect(folder, start, program.task.image_size, strips)
     if start.skipped:
-        files = "; ".join(f"{path} ({reason})" for path, reason in start.skipped.items())
-        raise errors.UserError(f"config.generate.images: {len(start.skipped)} of {len(start.own)} files skipped: {files}")
+        names = "; ".join(f"{path} ({reason})" for path, reason in start.skipped.items())
+        raise errors.UserError(f"config.generate.images: {len(start.skipped)} of {len(start.own)} files skipped: {names}")
 
 
 def describe(program, config: Config, start, params, frozen) -> dict:

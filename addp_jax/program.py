@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from addp_jax import checkpoint, errors, parameters, partition, schema, tasks
+from addp_jax import checkpoint, errors, parameters, partition, provenance, schema, tasks
 from addp_jax.interop import weights
 from addp_jax.ops import keys
 
@@ -44,7 +44,7 @@ class Program:
         own = {"task": self.config.task, "model": schema.identity(self.task.config, "network")}
         if "model" in identity:  # imported weights have no record of their settings
             saved = {"task": identity.get("task"), "model": _common(identity["model"], own["model"])}
-            if lines := checkpoint.differences(saved, own):
+            if lines := provenance.differences(saved, own):
                 raise errors.UserError(
                     f"{workdir} was trained with other settings ({parameters.shortened(lines, SHOWN)}); use those of the run"
                 )

@@ -15,11 +15,12 @@ import pathlib
 from addp_jax import errors, files, manifest, parameters
 
 NAME = "identity.json"
+LOCATION = "location"  # the part of an identity that says where the data lay, and is not compared
 
 
 def differences(saved: dict, identity: dict) -> list[str]:
-    """One line for each field in which two identities differ: "model.width was 8, is 16"."""
-    old, new = _fields(saved), _fields(json.loads(json.dumps(identity)))
+    """One line for each field in which two identities differ: "model.width was 8, is 16". Where the data lay does not count."""
+    old, new = (_fields({name: tree[name] for name in tree if name != LOCATION}) for tree in (saved, json.loads(json.dumps(identity))))
     names = sorted(name for name in old.keys() | new.keys() if (name in old, old.get(name)) != (name in new, new.get(name)))
     return [f"{files.printable(name, 80)} {_change(old.get(name, 'absent'), new.get(name, 'absent'))}" for name in names]
 

@@ -140,8 +140,8 @@ def test_mistakes_are_one_line(run_folder, tmp_path, capsys):
     assert "--weights: " in refused(capsys, tmp_path, real=real, samples=real, weights=tmp_path / "none.safetensors")
     assert "no checkpoint in" in refused(capsys, tmp_path, **given | {"features": real})
     assert "--samples" in refused(capsys, tmp_path, **given | {"samples": tmp_path / "none"})
-    assert "--output" in refused(capsys, tmp_path, **given, output=tmp_path)
-    assert "--cache" in refused(capsys, tmp_path, **given | {"cache": tmp_path / "few" / "00000.png"})
+    taken = tmp_path / "few" / "00000.png"
+    assert "--output: cannot write" in refused(capsys, tmp_path, **given, output=taken / "x.json")
     checkpoint.save_params(tmp_path / "other", {"tokenizer": {"codebook": np.zeros((2, 2), np.float32)}}, {})
     assert "neither convnet nor addp" in refused(capsys, tmp_path, **given | {"features": tmp_path / "other"})
     virtual = archive(tmp_path / "v.npz", arr_0=pictures(4), mu=np.zeros(2), sigma=np.eye(2))

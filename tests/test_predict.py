@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from addp_jax import checkpoint, errors, predict, robustness, train
+from addp_jax import program as make
 from addp_jax.metrics import classification as metrics
 
 WNIDS = [f"n{number:08d}" for number in range(8)]
@@ -50,7 +51,7 @@ def test_predictions_name_five_classes_and_show_a_sheet(program, workdir, tmp_pa
     assert sorted(line["image"] for line in lines) == sorted(f"{n}.png" for n in range(11))
     for line in lines:
         names, scores = zip(*line["top"])
-        assert len(set(names)) == 5 and set(names) <= set(predict.class_names(program))
+        assert len(set(names)) == 5 and set(names) <= {f"class {n}" for n in range(8)}
         assert list(scores) == sorted(scores, reverse=True) and 0 < sum(scores) <= 1.001
     assert len({line["top"][0][0] for line in lines}) > 1
     assert np.asarray(Image.open(tmp_path / "out" / "predictions.png")).ndim == 3
@@ -78,17 +79,63 @@ def test_features_of_a_frozen_encoder_need_no_trained_probe(tmp_path):
     assert np.load(tmp_path / "nothing_here" / "features" / "features.npz")["features"].shape == (1, 16)
 
 
-def test_class_names_come_from_the_data_or_a_file_else_numbers(program, tmp_path, capsys):
-    assert predict.class_names(program)[0] == "circle"
+def test_class_names_come_from_a_file_or_the_run_else_are_numbers(program, tmp_path, capsys):
+    recorded = {"data": {"classes": [f"kind {n}" for n in range(8)]}}
+    assert predict.class_names(program, recorded, "run") == tuple(recorded["data"]["classes"])
+    assert predict.class_names(program, {}, "run") == tuple(f"class {n}" for n in range(8))
+    assert "numbered" in capsys.readouterr().out
     named = functools.partial(programs.config, "demo_classification", model__encoder_weights="")
-    (tmp_path / "names.txt").write_text("one\ntwo\n")
-    short = train.build(named(data__class_names=str(tmp_path / "names.txt")), num_train=64)
-    assert predict.class_names(short) == ("one", "two", *(f"class {n}" for n in range(2, 8)))
-    missing = train.build(named(data__source="image_folder", data__path=str(tmp_path / "no")), num_train=64)
-    assert predict.class_names(missing)[0] == "class 0" and "numbered" in capsys.readouterr().out
-    lost = train.build(named(data__class_names=str(tmp_path / "no.txt")), num_train=64)
+
+    def of(text: bytes):
+        (tmp_path / "names.txt").write_bytes(text)
+        return predict.class_names(make.create(named(data__class_names=str(tmp_path / "names.txt"))), recorded, "run")
+
+    eight = [f"own {n}" for n in range(8)]
+    assert of("\n".join(eight).encode()) == tuple(eight)
+    assert of(b"\xef\xbb\xbf" + "\r\n".join(eight).encode() + b"\r\n\r\n") == tuple(eight)
+    for text, message in (
+        (b"one\ntwo\n", "has 2 names, but the network has 8 classes"),
+        ("\n".join([*eight, "more"]).encode(), "has 9 names"),
+        (b"one\n\nthree\n", "line 2: '' is no name"),
+        (b"one\ntwo\none\n", "line 3: 'one' stands in line 1"),
+        (b"one\x1b[2J\n", "line 1"),
+        (b"\xff\xfe", "cannot read"),
+    ):
+        with pytest.raises(errors.UserError, match=f"config.data.class_names: .*{message}"):
+            of(text)
     with pytest.raises(errors.UserError, match="config.data.class_names"):
-        predict.class_names(lost)
+        predict.class_names(make.create(named(data__class_names=str(tmp_path / "no.txt"))), recorded, "run")
+
+
+@pytest.mark.parametrize("mode", (predict.predict, predict.write_features))
+def test_unreadable_images_are_left_out_and_named_at_the_end(program, workdir, tmp_path, mode):
+    images = photos(tmp_path / "own", [f"{n}.png" for n in range(10)])
+    whole = (tmp_path / "own" / "3.png").read_bytes()
+    (tmp_path / "own" / "3.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "own" / "9.png").write_text("<html>")
+    with pytest.raises(errors.UserError, match=r"2 of 10 files cannot be read: .*3\.png; .*9\.png"):
+        mode(program, predict.Config(images, str(tmp_path / "out"), batch_size=8), workdir)
+    if mode is predict.predict:
+        lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+        assert [json.loads(line)["image"] for line in lines] == [f"{n}.png" for n in range(10) if n not in (3, 9)]
+    else:
+        arrays = np.load(tmp_path / "out" / "features.npz")
+        assert len(arrays["features"]) == 8 and "3.png" not in arrays["paths"]
+
+
+def test_only_unreadable_images_are_one_line(program, workdir, tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "a.png").write_text("text")
+    with pytest.raises(errors.UserError, match="can be read"):
+        predict.predict(program, predict.Config(str(tmp_path / "own"), str(tmp_path / "out"), batch_size=8), workdir)
+
+
+def test_an_output_that_cannot_be_written_or_lies_among_the_images_is_refused_at_once(program, tmp_path):
+    images = photos(tmp_path / "own", ["a.png"])
+    (tmp_path / "taken").write_text("")
+    for output, message in ((tmp_path / "taken" / "out", "cannot write"), (images, "among"), (tmp_path / "own" / "x", "among")):
+        with pytest.raises(errors.UserError, match=f"config.predict.output: .*{message}"):
+            predict.predict(program, predict.Config(images, str(output), batch_size=8), "no run is read")
 
 
 def test_what_cannot_be_predicted_is_refused(program, workdir, tmp_path):
@@ -137,7 +184,7 @@ def test_mce_is_the_mean_error_relative_to_alexnet(tmp_path):
     assert metrics.mean_corruption_error(error) == pytest.approx(0.5)
     (tmp_path / "fog" / "3").rmdir()
     with pytest.raises(errors.UserError, match="config.robustness.imagenet_c: no folder .*fog/3"):
-        robustness.corruption_errors(None, str(tmp_path))
+        robustness.require_folders(robustness.Config(imagenet_c=str(tmp_path)))
 
 
 def test_robustness_needs_folders_with_known_classes(named, workdir, tmp_path):
@@ -147,6 +194,6 @@ def test_robustness_needs_folders_with_known_classes(named, workdir, tmp_path):
         robustness.robustness(named, robustness.Config(imagenet_c=str(tmp_path)), workdir)
     (tmp_path / "names.txt").write_text("\n".join([*WNIDS, "n99999999"]))
     fields = dict(model__encoder_weights="", data__class_names=str(tmp_path / "names.txt"))
-    with pytest.raises(errors.UserError, match="config.data.class_names: 9 names, but the network has 8 classes"):
+    with pytest.raises(errors.UserError, match="config.data.class_names: .* has 9 names, but the network has 8 classes"):
         more = train.build(programs.config("demo_classification", **fields), num_train=64)
-        robustness.robustness(more, robustness.Config(imagenet_c=str(tmp_path)), workdir)
+        robustness.robustness(more, robustness.Config(imagenet_a=str(tmp_path)), workdir)

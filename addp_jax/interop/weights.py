@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from addp_jax import checkpoint, errors, parameters, schema
+from addp_jax import checkpoint, errors, parameters, provenance, schema
 from addp_jax.interop import layouts
 
 RANDOM = "random"  # instead of a path: freshly initialised weights, for benchmarks and memory checks only
@@ -61,7 +61,7 @@ def check_settings(identity: dict, config, where: str, names=None) -> None:
     own = traverse_util.flatten_dict(schema.identity(config, "network"), sep=".")
     saved = traverse_util.flatten_dict(saved, sep=".")
     own = {name: value for name, value in own.items() if name in saved and (names is None or name.split(".")[-1] in names)}
-    if lines := checkpoint.differences({name: saved[name] for name in own}, own):
+    if lines := provenance.differences({name: saved[name] for name in own}, own):
         text = parameters.shortened(lines, 5)
         raise errors.UserError(f"{where} was trained with other settings ({text}); use those of the run")
 
