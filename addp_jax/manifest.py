@@ -26,6 +26,7 @@ def write_manifest(folder: str | os.PathLike) -> None:
     """Puts the files of `folder` on the disk and writes the manifest after them. Raises OSError."""
     folder = pathlib.Path(folder)
     names = sizes(folder)
+    names.pop(NAME, None)
     entries = {name: [size, _hash(folder / name, size, sync=True)] for name, size in sorted(names.items())}
     for inner in sorted({parent for name in names for parent in pathlib.PurePosixPath(name).parents}):
         files.sync_folder(folder / inner)

@@ -1,5 +1,6 @@
 """Checkpoints: bit-exact, never silently wrong, never lost."""
 
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 
-from addp_jax import checkpoint, errors, manifest, parameters, provenance
+from addp_jax import checkpoint, errors, files, lock, manifest, parameters, provenance
 
 IDENTITY = {"model": {"width": 8, "depth": 2}, "seed": 0, "teacher": "0123456789abcdef"}
 KILLS = 3
@@ -416,6 +417,235 @@ def test_console_stays_quiet_but_for_our_own_messages(tmp_path, capfd):
     restore(tmp_path)
     checkpoint.load_params(tmp_path, ema=True)
     assert capfd.readouterr() == ("", "")
+
+
+def step_of(workdir, step=7):
+    return workdir / "checkpoints" / str(step)
+
+
+@pytest.mark.parametrize("text", ["", "{", "3", "null", "[]", "[" * 100_000, "\0" * 50])
+def test_unreadable_identity_is_taken_from_the_newest_step(tmp_path, capsys, text):
+    write_run(tmp_path, [5, 7])
+    root = tmp_path / "checkpoints"
+    (root / provenance.NAME).write_text(text)
+    assert checkpoint.load_params(tmp_path, ema=True)[1]["identity"] == IDENTITY
+    with pytest.raises(errors.UserError, match="of another run .seed was 0, is 1.;"):
+        open_run(tmp_path, identity=IDENTITY | {"seed": 1})
+    assert restore(tmp_path)[1] == 7
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and f"{root / provenance.NAME} cannot be used" in message
+    assert json.loads((root / provenance.NAME).read_text()) == IDENTITY
+
+
+def remove_copies(workdir):
+    """As a run leaves them that was saved before steps had a copy."""
+    for folder in (workdir / "checkpoints").glob("[0-9]*"):
+        (folder / provenance.NAME).unlink()
+        manifest.write_manifest(folder)
+
+
+@pytest.mark.parametrize("text", ["", "3", "[" * 100_000])
+def test_unreadable_identity_without_a_copy_says_what_to_do(tmp_path, capsys, text):
+    write_run(tmp_path, [7])
+    remove_copies(tmp_path)
+    path = tmp_path / "checkpoints" / provenance.NAME
+    assert checkpoint.load_params(tmp_path, ema=True)[1]["identity"] == IDENTITY
+    path.write_text(text)
+    for use in (restore, lambda workdir: checkpoint.load_params(workdir, ema=True)):
+        with pytest.raises(errors.UserError, match=f"^cannot read {path} .*put back a copy of it, or delete it .*$"):
+            use(tmp_path)
+    path.unlink()
+    assert restore(tmp_path)[1] == 7 and json.loads(path.read_text()) == IDENTITY
+    assert "not known: taken for those of this config" in capsys.readouterr().err
+
+
+def test_a_flipped_letter_in_the_identity_is_noticed(tmp_path):
+    write_run(tmp_path, [5, 7])
+    path = tmp_path / "checkpoints" / provenance.NAME
+    path.write_text(path.read_text().replace("0123", "0133"))
+    assert checkpoint.load_params(tmp_path, ema=True)[1]["identity"] == IDENTITY
+    assert restore(tmp_path)[1] == 7 and json.loads(path.read_text()) == IDENTITY
+    copy = step_of(tmp_path) / provenance.NAME
+    copy.write_text(copy.read_text().replace("0123", "0133"))
+    assert checkpoint.load_params(tmp_path, ema=True)[1]["step"] == 5
+
+
+def test_nothing_but_the_data_is_left(tmp_path):
+    write_run(tmp_path, [7])
+    (tmp_path / "checkpoints" / provenance.NAME).write_text("")
+    (step_of(tmp_path) / manifest.NAME).write_text("")
+    state, step = restore(tmp_path)
+    assert step == 7
+    assert_equal(state, make_state(7))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/etc/hostname", path), lambda path: path.write_text("x")])
+@pytest.mark.parametrize("where", ["state/d/x", "x"])
+def test_what_orbax_did_not_write_is_damage(tmp_path, capsys, make, where):
+    write_run(tmp_path, [5, 7])
+    make(step_of(tmp_path) / where)
+    assert checkpoint.load_params(tmp_path, ema=True)[1]["step"] == 5
+    assert restore(tmp_path)[1] == 5
+    assert "7 is damaged (file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["007", "\u0663", "-5", "notes.txt", "7.damaged"])
+def test_other_entries_are_left_alone(tmp_path, name):
+    write_run(tmp_path, [5])
+    (tmp_path / "checkpoints" / name).mkdir()
+    run = open_run(tmp_path)
+    assert run.restore_latest(abstract_state())[1] == 5
+    run.save(7, make_state(7))
+    run.close()
+    assert folders(tmp_path) == sorted(["5", "7", name])
+
+
+def test_a_file_or_pipe_in_a_steps_place_is_set_aside(tmp_path):
+    write_run(tmp_path, [5])
+    (tmp_path / "checkpoints/9").write_text("")
+    os.mkfifo(tmp_path / "checkpoints/8")
+    assert restore(tmp_path)[1] == 5
+    assert {"9.damaged", "8.damaged"} < set(os.listdir(tmp_path / "checkpoints"))
+
+
+def test_a_damaged_step_never_replaces_one_that_was_set_aside(tmp_path):
+    write_run(tmp_path, [5, 7])
+    (tmp_path / "checkpoints/7.damaged1").mkdir()
+    (tmp_path / "checkpoints/7.damaged").mkdir()
+    flip_byte(largest_file(step_of(tmp_path)))
+    assert restore(tmp_path)[1] == 5
+    assert folders(tmp_path) == ["5", "7.damaged", "7.damaged1", "7.damaged2"]
+
+
+def break_metadata(folder):
+    (folder / "state/_METADATA").write_text("{}")
+
+
+def empty_ocdbt(folder):
+    (folder / "state/manifest.ocdbt").write_text("")
+
+
+def deep_metadata(folder):
+    (folder / "state/_METADATA").write_text("[" * 100_000)
+
+
+@pytest.mark.parametrize("damage", [break_metadata, empty_ocdbt, deep_metadata])
+def test_a_state_that_agrees_with_its_manifest_and_cannot_be_read_is_one_line(tmp_path, damage):
+    write_run(tmp_path, [5, 7])
+    damage(step_of(tmp_path))
+    entries = json.loads((step_of(tmp_path) / manifest.NAME).read_text())
+    for name in entries:
+        data = (step_of(tmp_path) / name).read_bytes()
+        entries[name] = [len(data), manifest._digest(data)]
+    (step_of(tmp_path) / manifest.NAME).write_text(json.dumps(entries))
+    for use in (restore, lambda workdir: checkpoint.load_params(workdir, ema=True)):
+        with pytest.raises(errors.UserError, match=f"^{step_of(tmp_path)} cannot be used: .*$"):
+            use(tmp_path)
+    (step_of(tmp_path) / manifest.NAME).unlink()
+    assert restore(tmp_path)[1] == 5
+
+
+def test_a_step_without_manifest_says_that_its_metadata_cannot_be_read(tmp_path):
+    write_run(tmp_path, [7])
+    (step_of(tmp_path) / manifest.NAME).unlink()
+    empty_ocdbt(step_of(tmp_path))
+    code = """
+import sys
+from addp_jax import checkpoint, errors
+try:
+    checkpoint.load_params(sys.argv[1], ema=True)
+except errors.UserError as error:
+    print(error)
+"""
+    for _ in range(3):
+        result = spawn(code, tmp_path)
+        assert result.stderr == f"checkpoint {step_of(tmp_path)} is damaged (its metadata cannot be read); not used\n"
+        assert result.stdout == f"all checkpoints in {tmp_path} are damaged\n"
+
+
+def test_small_files_that_tell_of_large_arrays_are_refused(tmp_path, monkeypatch):
+    write_run(tmp_path, [7])
+    monkeypatch.setattr(checkpoint, "EXPANSION", 0)
+    assert checkpoint.load_params(tmp_path, ema=True)[1]["step"] == 7  # arrays of zeros need no files
+    monkeypatch.setattr(checkpoint, "ZEROS", 100)
+    with pytest.raises(errors.UserError, match="cannot be used: its metadata tell of .* bytes of arrays in .* bytes of files"):
+        checkpoint.load_params(tmp_path, ema=True)
+
+
+def test_foreign_parameters_are_one_line(tmp_path):
+    run = open_run(tmp_path)
+    run.save(1, {"weights": jnp.ones(3)})
+    run.close()
+    with pytest.raises(errors.UserError, match="checkpoints/1 cannot be used: it holds no params"):
+        checkpoint.load_params(tmp_path, ema=True)
+
+
+def test_saving_parameters_is_refused_while_a_run_is_at_work(tmp_path):
+    with lock.hold(tmp_path), pytest.raises(errors.UserError, match="a run is at work here"):
+        checkpoint.save_params(tmp_path, {"a": np.ones(2, np.float32)}, {})
+    checkpoint.save_params(tmp_path, {"a": np.ones(2, np.float32)}, {})
+    assert os.listdir(tmp_path) == ["checkpoints"]
+
+
+FULL = """
+import os, sys, jax.numpy as jnp, numpy as np
+from addp_jax import checkpoint, errors
+def state(step):
+    return {"params": [jnp.asarray(np.random.default_rng(step * 100 + i).standard_normal(4000, np.float32)) for i in range(60)]}
+run = checkpoint.Checkpointer(sys.argv[1], checkpoint.Config(keep=1), {})
+run.save(1, state(1))
+run.wait()
+free = os.statvfs(sys.argv[1]).f_bavail * os.statvfs(sys.argv[1]).f_frsize
+open(sys.argv[1] + "/filler", "wb").write(b"x" * max(0, free - 300_000))
+try:
+    run.save(2, state(2))
+    run.close()
+except errors.UserError as error:
+    print(error)
+"""
+
+
+def test_no_library_traceback_stands_before_the_line_about_a_full_disk(small_disk):
+    result = spawn(FULL, small_disk)
+    assert result.stdout.endswith("the last good checkpoint is step 1\n") and result.stderr == ""
+
+
+@pytest.mark.parametrize("name", [provenance.NAME, manifest.NAME])
+def test_full_disk_while_the_last_files_are_written_is_the_same_line(tmp_path, monkeypatch, name):
+    run, write = open_run(tmp_path), files.write_text
+    run.save(1, make_state(1))
+    run.wait()
+
+    def full(path, text):
+        if path.name == name:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, text)
+
+    monkeypatch.setattr(files, "write_text", full)
+    with pytest.raises(errors.UserError, match="checkpoint 2: no space left on .*the last good checkpoint is step 2$"):
+        run.save(2, make_state(2))
+        run.wait()
+    monkeypatch.undo()
+    assert run.restore_latest(abstract_state())[1] == 2
+    run.close()
+
+
+def test_differences_name_fields_and_shorten_lists():
+    names = [f"class {i}" for i in range(1000)]
+    old = {"a": {"b": 1, "c": names, "d": names, "e": [1, 2]}, "x": {}}
+    new = {"a": {"b": 2, "c": names[1:] + ["dog"], "d": names[::-1], "e": [1, 3]}, "x": {"y": "\x1b"}}
+    assert checkpoint.differences(old, new) == [
+        "a.b was 1, is 2",
+        """a.c was a list of 1000, is one of 1000 (added "dog", removed "class 0")""",
+        "a.d was a list of 1000, is one of 1000 (in another order)",
+        "a.e was [1, 2], is [1, 3]",
+        "x was {}, is 'absent'",
+        "x.y was 'absent', is '\\x1b'",
+    ]
+    deep = {}
+    for _ in range(900):
+        deep = {"a": deep}
+    assert checkpoint.differences(old, old) == [] and len(checkpoint.differences(deep, {})) == 1
 
 
 def test_hashing_does_not_hold_up_the_loop(tmp_path, monkeypatch):

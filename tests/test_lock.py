@@ -145,3 +145,37 @@ def test_folders_that_cannot_be_are_named(tmp_path):
     (tmp_path / "file").write_text("")
     assert "--output: cannot write to" in refused(tmp_path / "file/run", "--output")
     assert "gs://bucket/run is a URL" in refused("gs://bucket/run")
+
+
+MEMBER = """
+import sys
+from addp_jax import errors, lock, processes
+processes.start(sys.argv[2], 2, int(sys.argv[3]), interruptible=False)
+try:
+    with lock.hold(sys.argv[1]):
+        sys.stderr.write("held")
+except errors.UserError as error:
+    sys.stderr.write(str(error))
+processes.agreed(True)
+"""
+
+
+def two_members(workdir):
+    """What each of two processes of one run says."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    members = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEMBER, str(workdir), address, str(number)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"XLA_FLAGS": ""},
+        ) for number in range(2)
+    ]  # fmt: skip
+    return [member.communicate(timeout=120)[1].splitlines()[-1] for member in members]
+
+
+def test_processes_of_one_run_hold_one_lock_and_give_one_line(tmp_path):
+    assert two_members(tmp_path) == ["held", "held"]
+    with lock.hold(tmp_path):
+        one, other = two_members(tmp_path)
+        assert one == other and f"(process {os.getpid()} on " in one
