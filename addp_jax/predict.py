@@ -36,9 +36,10 @@ class Config:
 
 def predict(program, config: Config, workdir: str) -> None:
     """Write `predictions.jsonl`, one line per image with its five most likely classes, and `predictions.png`."""
+    given = given_names(program)  # a mistake there is said before anything is computed
     output = output_of(config, os.path.join(workdir, "predictions"))
     source, rows, skipped, identity = over_images(program, config, workdir, "logits")
-    names = class_names(program, identity, workdir)
+    names = given or class_names(program, identity, workdir)
     if jax.process_index() == 0:
         probs = np.asarray(jax.nn.softmax(np.concatenate([logits for logits, _, _ in rows])))
         order = np.argsort(-probs, axis=1)[:, :TOP]
@@ -134,15 +135,20 @@ def transform_of(task):
     return transforms.eval_image(task.image_size, task.config.crop_pct)
 
 
-def class_names(program, identity: dict, workdir: str) -> tuple[str, ...]:
-    """One per class of the network: of config.data.class_names, else those that the run has on record, else numbers.
-
-    Where the data lies now does not matter. Raises UserError if the file has another number of names than the network.
-    """
-    path, count = program.config.data.class_names, program.task.num_classes
-    names = pipeline.class_names(path) if path else tuple(identity.get("data", {}).get("classes", ()))
-    if path and len(names) != count:
+def given_names(program) -> tuple[str, ...]:
+    """Those in the file config.data.class_names, one per class of the network; () without it. Raises UserError if they do not fit."""
+    path = program.config.data.class_names
+    if not path:
+        return ()
+    names, count = pipeline.class_names(path), getattr(program.task, "num_classes", 0)
+    if len(names) != count:
         raise errors.UserError(f"config.data.class_names: {path} has {len(names)} names, but the network has {count} classes")
+    return names
+
+
+def class_names(program, identity: dict, workdir: str) -> tuple[str, ...]:
+    """One per class of the network: those that the run has on record, else numbers. Where the data lies now does not matter."""
+    count, names = program.task.num_classes, tuple(identity.get("data", {}).get("classes", ()))
     if not names:
         print(f"classes are numbered: {workdir} has no names on record; name them with --config.data.class_names=FILE")
     return (*names, *(f"class {n}" for n in range(len(names), count)))

@@ -41,10 +41,11 @@ def robustness(program, config: Config, workdir: str) -> None:
     if not any(dataclasses.asdict(config).values()):
         raise errors.UserError("config.robustness: all folders are empty; give at least one")
     require_folders(config)
+    given = predict.given_names(program)
     result = {}
     with jax.set_mesh(mesh):
         nets, identity = program.load(workdir)
-        names = predict.class_names(program, identity, workdir)
+        names = given or predict.class_names(program, identity, workdir)
         top1 = Top1(program, names, functools.partial(jax.jit(task.logits), *nets))
         for name in SUBSETS:
             if folder := getattr(config, name):

@@ -20,6 +20,21 @@ import pytest  # noqa: E402
 from addp_jax import partition  # noqa: E402
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: a longer run of a test that is there at a shorter length; left out unless --slow")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: give --slow"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def mesh():
     """One device unless a test enters another mesh."""

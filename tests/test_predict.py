@@ -88,7 +88,7 @@ def test_class_names_come_from_a_file_or_the_run_else_are_numbers(program, tmp_p
 
     def of(text: bytes):
         (tmp_path / "names.txt").write_bytes(text)
-        return predict.class_names(make.create(named(data__class_names=str(tmp_path / "names.txt"))), recorded, "run")
+        return predict.given_names(make.create(named(data__class_names=str(tmp_path / "names.txt"))))
 
     eight = [f"own {n}" for n in range(8)]
     assert of("\n".join(eight).encode()) == tuple(eight)
@@ -104,7 +104,7 @@ def test_class_names_come_from_a_file_or_the_run_else_are_numbers(program, tmp_p
         with pytest.raises(errors.UserError, match=f"config.data.class_names: .*{message}"):
             of(text)
     with pytest.raises(errors.UserError, match="config.data.class_names"):
-        predict.class_names(make.create(named(data__class_names=str(tmp_path / "no.txt"))), recorded, "run")
+        predict.given_names(make.create(named(data__class_names=str(tmp_path / "no.txt"))))
 
 
 @pytest.mark.parametrize("mode", (predict.predict, predict.write_features))

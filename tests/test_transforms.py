@@ -2,6 +2,9 @@
 
 import hashlib
 import io
+import os
+import resource
+import tracemalloc
 import pathlib
 import pickle
 import warnings
@@ -176,3 +179,79 @@ def test_broken_file_is_named_in_one_line(kind, monkeypatch):
     with pytest.raises(errors.UserError, match="photos/cat.jpg") as caught:
         transforms.decode(data, "photos/cat.jpg")
     assert "\n" not in str(caught.value)
+
+
+# --- files of strangers -------------------------------------------------------------------------------------------------
+
+
+def saved_as(picture: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n(hello) =\nshowpage\n%%EOF\n"
+
+
+def test_only_the_promised_formats_are_opened_and_no_program_is_started(tmp_path, monkeypatch):
+    """Pillow would run Ghostscript on PostScript, whatever the file is called."""
+    script = tmp_path / "gs"
+    script.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    others = [saved_as(Image.new("RGB", (8, 8)), kind) for kind in ("PPM", "ICO", "TGA", "PCX", "JPEG2000", "DDS", "SGI")]
+    for data in (POSTSCRIPT, b"<html></html>", b"", b"8BPS\0\1", *others):
+        with pytest.raises(errors.Unreadable, match="cannot decode x.jpg: not an image file"):
+            transforms.decode(data, "x.jpg")
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("kind", ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"))
+def test_every_promised_format_is_read_whatever_the_name(kind):
+    image = transforms.decode(saved_as(Image.new("RGB", (9, 7), (10, 200, 30)), kind), "x.dat")
+    assert image.shape == (7, 9, 3) and abs(image.astype(int) - [10, 200, 30]).max() < 8
+
+
+def test_too_many_pixels_are_refused_in_one_line_from_the_header(recwarn, tmp_path):
+    """Pillow's own limit warns on stderr first."""
+    data = saved_as(Image.new("1", (2**14, 2**13)), "PNG")
+    (tmp_path / "x.png").write_bytes(data)
+    for read in (lambda: transforms.decode(data, "x.png"), lambda: transforms.image_size(str(tmp_path / "x.png"))):
+        with pytest.raises(errors.Unreadable, match="16384x8192 pixels; at most 64 million"):
+            read()
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("mode, high", [("I;16", 65535), ("I", 65535), ("F", 65535.0)])
+def test_wide_grey_is_scaled_to_the_nearest_of_8_bits(mode, high):
+    values = np.array([[0, 128, 129, 257, 32768, high]])
+    picture = Image.fromarray(values.astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]))
+    grey = np.asarray(transforms.grey8(picture))
+    np.testing.assert_array_equal(grey, np.clip(np.rint(values.astype(np.float64) / 257), 0, 255).astype(np.uint8))
+
+
+def test_wide_grey_takes_few_bytes_a_pixel():
+    data = saved_as(Image.new("I;16", (3000, 3000)), "PNG")
+    tracemalloc.start()
+    transforms.decode(data, "x.png")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12 * 9e6
+
+
+@pytest.mark.parametrize("shape", [(3, 9000), (20000, 2)])
+def test_a_strip_is_not_resized_as_a_whole(shape):
+    strip = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    square = transforms.centre_square(strip, 256, 256)
+    assert square.shape == (256, 256, 3)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 400  # MiB; the whole takes 1,900 and 5,800
+
+
+def test_the_middle_of_a_strip_is_that_of_the_whole():
+    strip = np.random.default_rng(0).integers(0, 256, (4, 3000, 3), np.uint8)
+    whole = np.asarray(Image.fromarray(strip).resize((64 * 750, 64), Image.Resampling.BICUBIC))
+    left = int(round((64 * 750 - 64) / 2.0))
+    cut = transforms.centre_square(transforms._middle(strip, 100), 64, 64)
+    assert np.abs(cut.astype(int) - whole[:, left : left + 64]).max() <= 1
+    np.testing.assert_array_equal(transforms.centre_square(strip, 64, 64), whole[:, left : left + 64])  # small enough as a whole
