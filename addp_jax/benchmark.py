@@ -1,5 +1,9 @@
 """`--mode=benchmark`: time, FLOPs and memory of a config's training step and sampler, whole and by part, on the present
-device, with made-up images. A part is run on its own, so the parts' times need not add up to the whole's."""
+device, with made-up images. A part is run on its own, so the parts' times need not add up to the whole's.
+
+FLOPs are told twice: executed ones, with what remat computes again for the backward pass, and useful ones, without.
+Of the device's peak, the first are its hardware utilisation (HFU), the second the model's (MFU).
+"""
 
 from __future__ import annotations
 
@@ -32,22 +36,27 @@ class Row:
 
     part: str
     seconds: float
-    flops: float
+    flops: float  # executed
+    useful_flops: float
     planned_bytes: int = 0  # peak memory of its program on one device, as the compiler plans it
     compile_seconds: float = 0.0
     calls: int = 1
 
     def __add__(self, other: Row) -> Row:
-        names = ("seconds", "flops", "compile_seconds", "calls")
+        names = ("seconds", "flops", "useful_flops", "compile_seconds", "calls")
         together = {name: getattr(self, name) + getattr(other, name) for name in names}
         return dataclasses.replace(self, **together, planned_bytes=max(self.planned_bytes, other.planned_bytes))
 
     def __mul__(self, times: int) -> Row:
-        return dataclasses.replace(self, seconds=self.seconds * times, flops=self.flops * times, calls=self.calls * times)
+        names = ("seconds", "flops", "useful_flops", "calls")
+        return dataclasses.replace(self, **{name: getattr(self, name) * times for name in names})
 
 
 def measure(part: str, function, *args, carried: bool = False) -> Row:
-    """Compile and time `function(*args)`. `carried`: its first output is the first argument of the next run."""
+    """Compile and time `function(*args)`. `carried`: its first output is the first argument of the next run.
+
+    All its FLOPs count as useful: what has a backward pass says itself how many are.
+    """
     counted, started = flops.count(function, *args), time.perf_counter()
     jitted = function if hasattr(function, "lower") else jax.jit(function)
     program = jitted.lower(*args).compile()
@@ -58,7 +67,7 @@ def measure(part: str, function, *args, carried: bool = False) -> Row:
         seconds.append(time.perf_counter() - started)
         args = (out[0], *args[1:]) if carried else args
     memory = program.memory_analysis()
-    return Row(part, min(seconds[1:]), counted, memory.peak_memory_in_bytes if memory else 0, compile_seconds)
+    return Row(part, min(seconds[1:]), counted, counted, memory.peak_memory_in_bytes if memory else 0, compile_seconds)
 
 
 def made_up(shapes, sharding):
@@ -118,8 +127,11 @@ def training(config: train.Config, program: train.Run, frozen, batch) -> list[Ro
     forward = measure("forward", loss, state.params, frozen, piece) * pieces
     grads = jax.tree.map(jnp.ones_like, state.params)
     updated = measure("optimizer", update, state, grads)
+    plain = train.build(dataclasses.replace(config, model=flops.everything_kept(config.model)), config.batch_size, program.mesh)
+    useful = flops.count(plain.step, state, frozen, batch)
     step = measure("training step", program.step, state, frozen, batch, carried=True)
-    backward = Row("backward", step.seconds - forward.seconds - updated.seconds, step.flops - forward.flops)
+    step = dataclasses.replace(step, useful_flops=useful)
+    backward = Row("backward", step.seconds - forward.seconds - updated.seconds, step.flops - forward.flops, useful - forward.flops)
     return [step, *parts, forward, backward, updated]
 
 
@@ -158,12 +170,12 @@ def peak_flops(device, dtype) -> tuple[float, str]:
 def report(title: str, rows: list[Row], images: int, peak: float) -> None:
     """A table; the first row is the whole."""
     print(f"\n{title}")
-    print(f"{'':34}{'runs':>6}{'seconds':>10}{'GFLOP':>10}{'GFLOP/s':>10}{'images/s':>10}{'of peak':>9}{'MiB':>8}")
+    print(f"{'':34}{'runs':>6}{'seconds':>10}{'GFLOP':>10}{'useful':>10}{'GFLOP/s':>10}{'images/s':>10}{'HFU':>8}{'MFU':>8}{'MiB':>8}")
     for row in rows:
-        rate = row.flops / row.seconds
+        rate, useful_rate = row.flops / row.seconds, row.useful_flops / row.seconds
         print(
-            f"{row.part:34}{row.calls:6}{row.seconds:10.3f}{row.flops / 1e9:10.1f}{rate / 1e9:10.1f}"
-            f"{images / row.seconds:10.3f}{rate / peak:9.1%}{row.planned_bytes / 2**20:8.0f}",
+            f"{row.part:34}{row.calls:6}{row.seconds:10.3f}{row.flops / 1e9:10.1f}{row.useful_flops / 1e9:10.1f}"
+            f"{rate / 1e9:10.1f}{images / row.seconds:10.3f}{rate / peak:8.1%}{useful_rate / peak:8.1%}{row.planned_bytes / 2**20:8.0f}",
             flush=True,  # the next table takes its time
         )
 

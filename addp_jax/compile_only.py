@@ -17,7 +17,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from addp_jax import errors, evaluate, flops, generate, hlo, partition, schema, starts, topologies, train
+from addp_jax import errors, evaluate, files, flops, generate, hlo, partition, schema, starts, topologies, train
 from addp_jax.interop import weights
 
 IMAGENET = 1_281_167  # images of an epoch, where the config does not limit them
@@ -67,7 +67,9 @@ def _shapes(name: str, value):
 
 
 def training(run: train.Run):
-    """`(step, its arguments, sizes)`: as the loop calls it."""
+    """`(step, its arguments, sizes)`: as the loop calls it. UserError for a task whose step reads no images."""
+    if hasattr(run.task, "open_source"):
+        raise errors.UserError(f"config.task: {run.config.task} trains on features that it computed before; plan another task")
     frozen, images = _kept(run, run.task.load_frozen()), (run.config.batch_size, run.task.image_size, run.task.image_size, 3)
     batch = {"image": jax.ShapeDtypeStruct(images, jnp.uint8, sharding=partition.batch_sharding(run.mesh))}
     batch["label"] = jax.ShapeDtypeStruct((run.config.batch_size,), jnp.int32, sharding=partition.batch_sharding(run.mesh))
@@ -114,13 +116,7 @@ def _bytes(tree) -> int:
 
 def useful_flops(config: dict, run: train.Run, program: str) -> int:
     """Those of the same program when nothing is computed again for the backward pass."""
-
-    def everything_kept(value):
-        if isinstance(value, dict):
-            return {name: "none" if name == "remat" else everything_kept(entry) for name, entry in value.items()}
-        return value
-
-    plain = build(everything_kept(config), run.mesh)
+    plain = build(flops.everything_kept(config), run.mesh)
     with jax.set_mesh(run.mesh):
         function, args, _ = PROGRAMS[program](plain)
         return flops.count(function, *args)
@@ -132,13 +128,13 @@ def compiled(function, args) -> dict:
         executable = function.lower(*args).compile()
     except jax.errors.JaxRuntimeError as error:
         needed = memory_needed(str(error))
-        return {"error": str(error).splitlines()[0]} | ({"needed": needed} if needed else {})
+        return {"error": files.reason(error)} | ({"needed": needed} if needed else {})
     memory = executable.memory_analysis()
     found = {"peak": memory.peak_memory_in_bytes, "aliased": memory.alias_size_in_bytes}
     try:
         text = executable.as_text()
     except Exception as error:  # of a compiler that does not match jax; the memory is known all the same
-        return found | {"unreadable": str(error).splitlines()[0]}
+        return found | {"unreadable": files.reason(error)}
     kinds = {kind: dataclasses.asdict(entry) for kind, entry in hlo.collectives(text).items()}
     return found | {"collectives": kinds, "cycles": hlo.estimated_cycles(text), "hbm_traffic": hlo.hbm_bytes(text)}
 

@@ -21,6 +21,16 @@ def count(function, *args) -> int:
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
 
+def everything_kept(fields):
+    """`fields` of a config, nested dicts, with `remat` none: no program computes anything again for its backward pass.
+
+    The FLOPs of the program that they build are useful ones; those of the config's own, which may be more, are executed.
+    """
+    if not isinstance(fields, dict):
+        return fields
+    return {name: "none" if name == "remat" else everything_kept(value) for name, value in fields.items()}
+
+
 def _count(jaxpr: core.Jaxpr) -> int:
     return sum(_equation(equation) for equation in jaxpr.eqns)
 

@@ -114,8 +114,9 @@ def generate(program, config: Config, workdir: str) -> None:
         first = jax.process_index() == 0  # it alone writes
         folder = stack.enter_context(sample_folder.SampleFolder(output, settings)) if first else None
         draw_missing(program, config, start, nets_params, folder)
-        strips = film_strips(program, config, start, nets_params)
-        if folder:
+        some = any(start.readable(i) for i in range(len(start)))  # their pixels are read while drawing
+        strips = film_strips(program, config, start, nets_params) if some else None
+        if folder and some:
             collect(folder, start, program.task.image_size, strips)
     if start.skipped:
         names = "; ".join(f"{path} ({reason})" for path, reason in start.skipped.items())

@@ -1,43 +1,66 @@
-"""The optimizer from its config: schedule, weight decay, clipping. The one place that turns batch and epochs into steps."""
+"""The optimizer from its config: schedule, weight decay, clipping. The one place that turns batch and epochs into steps.
+
+Every number of the config is finite and in the range that RANGES states; UserError names the field that is not.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import numpy as np
 import optax
 
-from addp_jax import errors, parameters, partition, schema
+from addp_jax import errors, parameters, partition
 
 # Not decayed: what the release's rule (one dimension, or a name that ends in ".bias") leaves out. Judged by name,
 # since scanned parameters have a layer axis more than the release's.
 NOT_DECAYED = ("bias", "scale")
-# MAE's linear probe. Departs from MAE: optax multiplies by the learning rate before the momentum, MAE after it; the two
-# are the same while the learning rate is constant.
-LARS_TRUST, LARS_MOMENTUM = 1e-3, 0.9
+LARS_TRUST, LARS_MOMENTUM = 1e-3, 0.9  # MAE's linear probe
+
+# Field -> what is accepted, in words and as a function.
+POSITIVE = "a number above 0", lambda value: value > 0
+NOT_NEGATIVE = "0 or a number above it", lambda value: value >= 0
+BELOW_ONE = "a fraction from 0 to below 1", lambda value: 0 <= value < 1
+RANGES = {
+    "base_lr": POSITIVE, "min_lr": NOT_NEGATIVE, "warmup_epochs": NOT_NEGATIVE, "warmup_steps": NOT_NEGATIVE, "betas": BELOW_ONE,
+    "eps": POSITIVE, "weight_decay": NOT_NEGATIVE, "clip_norm": NOT_NEGATIVE, "ema_decay": BELOW_ONE,
+    "layer_decay": ("a fraction above 0, at most 1", lambda value: 0 < value <= 1),
+    "accumulate": ("at least 1", lambda value: value >= 1),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """AdamW or LARS with linear warm-up and half-cosine decay, per step."""
+    """AdamW or LARS with linear warm-up and half-cosine decay, per step.
+
+    Departs from MAE's LARS: optax multiplies by the learning rate before the momentum is added up, MAE after; the two
+    differ while the learning rate changes.
+    """
 
     optimizer: str = "adamw"  # adamw | lars (betas and eps do not count)
-    base_lr: float = schema.field(1e-4, above=0)  # learning rate at a batch of 256; the real one is base_lr * batch / 256
-    min_lr: float = schema.field(0.0, least=0)
-    warmup_epochs: float = schema.field(40.0, least=0)  # or warmup_steps, where config.epochs is 0
-    warmup_steps: int = schema.field(0, least=0)
-    betas: tuple[float, float] = schema.field((0.9, 0.95), least=0, below=1)
-    eps: float = schema.field(1e-8, above=0)
-    weight_decay: float = schema.field(0.05, least=0)
+    base_lr: float = 1e-4  # learning rate at a batch of 256; the real one is base_lr * batch / 256
+    min_lr: float = 0.0
+    warmup_epochs: float = 40.0  # or warmup_steps, where config.epochs is 0
+    warmup_steps: int = 0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
     not_decayed: tuple[str, ...] = NOT_DECAYED  # ends of the names of parameters without weight decay
-    layer_decay: float = schema.field(1.0, above=0, most=1)  # learning rate of each encoder layer relative to the one above it
-    clip_norm: float = schema.field(3.0, least=0)  # global gradient norm; 0 = no clipping
-    accumulate: int = schema.field(1, least=1)  # micro-batches per optimizer step
-    ema_decay: float = schema.field(0.0, least=0, below=1)  # of the parameter average; 0 = none
+    layer_decay: float = 1.0  # learning rate of each encoder layer relative to the one above it
+    clip_norm: float = 3.0  # global gradient norm; 0 = no clipping
+    accumulate: int = 1  # micro-batches per optimizer step
+    ema_decay: float = 0.0  # of the parameter average; 0 = none
 
     def __post_init__(self):
+        if len(self.betas) != 2:
+            raise errors.UserError(f"config.optim.betas: {self.betas}; use two numbers")
+        for name, (words, accepts) in RANGES.items():
+            value = getattr(self, name)
+            if not all(math.isfinite(number) and accepts(number) for number in (value if name == "betas" else [value])):
+                raise errors.UserError(f"config.optim.{name}: {value}; use {words}")
         if self.optimizer not in ("adamw", "lars"):
             raise errors.UserError(f"config.optim.optimizer: {self.optimizer!r}; use adamw or lars")
 
@@ -53,29 +76,46 @@ class Length:
 def length(config: Config, *, epochs: float, steps: int, num_train: int, batch_size: int) -> Length:
     """Epochs (or steps) -> optimizer steps.
 
-    An epoch counts whole batches only, as the release's loader does. The pipeline itself drops nothing: it cuts an endless
-    stream of shuffled epochs into batches, so that a batch may hold the end of one epoch and the beginning of the next.
+    An epoch counts as many steps as there are whole batches in `num_train` examples, as in the release. Its loader drops
+    the rest of every epoch; `data.pipeline` drops nothing: it shuffles each pass anew and cuts the endless row of passes
+    into batches, so that a batch may hold the end of one pass and the beginning of the next.
     """
+    require_batch(num_train, batch_size)
+    for name, value in (("epochs", epochs), ("steps", steps)):
+        if not (math.isfinite(value) and value >= 0):
+            raise errors.UserError(f"config.{name}: {value}; use {NOT_NEGATIVE[0]}")
     if bool(epochs) == bool(steps):
         raise errors.UserError("config.epochs and config.steps: set exactly one of them (the other to 0)")
-    if num_train < batch_size:
-        raise errors.UserError(
-            f"config.data: {num_train} training examples, fewer than config.batch_size = {batch_size}; "
-            "lower config.batch_size or add images"
-        )
     if steps:
         return Length(steps, config.warmup_steps)
     per_epoch = num_train // batch_size
+    if int(epochs * per_epoch) < 1:
+        raise errors.UserError(f"config.epochs: {epochs} of {per_epoch} steps each are not one step; train longer")
     return Length(int(epochs * per_epoch), int(config.warmup_epochs * per_epoch))
+
+
+def require_batch(num_examples: int, batch_size: int) -> None:
+    """Raises UserError unless the training split fills a batch."""
+    if batch_size < 1:
+        raise errors.UserError(f"config.batch_size: {batch_size}; use at least 1")
+    if num_examples < batch_size:
+        raise errors.UserError(
+            f"config.data: the training split has {num_examples} examples, fewer than config.batch_size = {batch_size}; "
+            "lower config.batch_size or add images"
+        )
 
 
 def schedule(config: Config, run: Length, batch_size: int) -> optax.Schedule:
     """Learning rate at an optimizer step: linear from 0, then half cosine to `min_lr`."""
     peak = config.base_lr * batch_size / 256
     if config.min_lr > peak:
-        raise errors.UserError(f"config.optim.min_lr: {config.min_lr} is above the learning rate, {peak:g}")
+        raise errors.UserError(
+            f"config.optim.min_lr: {config.min_lr} is above the learning rate {peak:g} (config.optim.base_lr x batch / 256); lower it"
+        )
     if run.warmup >= run.total:
-        raise errors.UserError(f"config.optim: warm-up of {run.warmup} steps in a run of {run.total} steps")
+        raise errors.UserError(
+            f"config.optim: warm-up of {run.warmup} steps in a run of {run.total} steps; lower warmup_epochs or warmup_steps"
+        )
     return optax.join_schedules(
         [
             optax.linear_schedule(0.0, peak, max(run.warmup, 1)),
@@ -86,9 +126,9 @@ def schedule(config: Config, run: Length, batch_size: int) -> optax.Schedule:
 
 
 def decay_mask(params, not_decayed: tuple[str, ...] = NOT_DECAYED):
-    """True where weight decay applies."""
+    """True where weight decay applies: never to statistics, which no gradient would bring back."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: not partition.path_name(path).endswith(not_decayed), params
+        lambda path, leaf: not partition.path_name(path).endswith((*not_decayed, *parameters.STATISTICS)), params
     )
 
 

@@ -10,6 +10,9 @@ from flax import traverse_util
 
 from addp_jax import errors
 
+STATISTICS = ("norm_scale", "norm_bias")  # parameters that are measured (heads.LinearProbe): nothing trains or decays them
+COMBINED = "upsample"  # beginning of the name of modules that compute with their kernels before these are converted
+
 
 def match(loaded, expected, *, where, allow_missing=(), allow_unexpected=()):
     """`loaded` restricted to the names in `expected`; names allowed to be missing stay missing.
@@ -30,10 +33,14 @@ def match(loaded, expected, *, where, allow_missing=(), allow_unexpected=()):
 
 
 def compact(networks: dict, names, dtype) -> dict:
-    """The networks `names` with their kernels, which are converted where they are used anyway, in `dtype`: no result changes."""
+    """The networks `names` with those kernels in `dtype` that are converted to it as they are: no result changes.
+
+    The kernels of `tokenizer.Upsample` stay, since sums of them are converted, and sums of rounded ones are others.
+    """
 
     def one(path, leaf):
-        return leaf.astype(dtype) if path[-1].key == "kernel" else leaf
+        as_it_is = path[-1].key == "kernel" and not any(part.key.startswith(COMBINED) for part in path[:-1])
+        return leaf.astype(dtype) if as_it_is else leaf
 
     return {name: jax.tree_util.tree_map_with_path(one, net) if name in names else net for name, net in networks.items()}
 

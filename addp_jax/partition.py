@@ -58,7 +58,10 @@ PARAMETERS = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Mesh sizes; one may be -1 (all remaining devices). fsdp=-16: the largest size up to 16 that divides 16 and the devices."""
+    """Mesh sizes; one may be -1 (all remaining devices).
+
+    fsdp=-16: the largest size up to 16 that divides 16 and the devices that data and tensor leave.
+    """
 
     data: int = -1
     fsdp: int = 1
@@ -68,7 +71,7 @@ class Config:
 def make_mesh(config: Config, devices=None) -> Mesh:
     """The mesh over `devices` (default: all). Raises UserError when the sizes do not multiply to their number."""
     devices = list(jax.devices() if devices is None else devices)
-    left = len(devices) // (max(config.data, 1) * max(config.tensor, 1))  # for fsdp, where it takes what divides
+    left = len(devices) // (max(1, config.data) * max(1, config.tensor))
     fsdp = math.gcd(left, config.fsdp) if config.fsdp < -1 else config.fsdp
     sizes = [config.data, fsdp, config.tensor]
     if sizes.count(-1) == 1:
@@ -76,7 +79,7 @@ def make_mesh(config: Config, devices=None) -> Mesh:
     if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
         raise errors.UserError(
             f"config.mesh: data={config.data} fsdp={config.fsdp} tensor={config.tensor} does not multiply to the "
-            f"{len(devices)} devices present; set one of them to -1"
+            f"{len(devices)} devices present; use sizes of at least 1 that do, one of them -1 for the rest"
         )
     return Mesh(_grid(sizes, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 

@@ -2,7 +2,8 @@
 
 The project's own train step or sampler is compiled by the real compiler, in a process of its own (`compile_only`); only
 the arrays are abstract. Nothing here was measured on the hardware: memory, FLOPs and collectives are what the compiler
-made, times are what public peak figures allow at best.
+made, times are what public peak figures allow at best. Whatever the compiler leaves behind, a report or not, becomes a
+verdict in one line.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import signal
 import subprocess
 import sys
 
-from addp_jax import errors, topologies
+from addp_jax import errors, files, topologies
 
 GIB, TERA = 2**30, 1e12
 FITS, DOES_NOT_FIT, UNKNOWN = 0, 1, 2  # exit statuses
@@ -76,8 +77,12 @@ def compile_in_child(config: dict, request: Request) -> dict:
         code = child.returncode
         how = f"died of {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
         lines = child.stderr.strip().splitlines() or ["nothing on stderr"]
-        return {"crashed": f"the compiler {how}: {([line for line in lines if 'Error' in line] or lines)[-1]}"}
-    found = json.loads(child.stdout.splitlines()[-1])
+        last = ([line for line in lines if "Error" in line] or lines)[-1]
+        return {"crashed": f"the compiler {how}: {files.printable(last, files.REASON_LENGTH)}"}
+    try:
+        found = json.loads(child.stdout.splitlines()[-1])
+    except (IndexError, ValueError, RecursionError):
+        return {"crashed": "the compiler ended without a report"}
     if "mistake" in found:
         raise errors.UserError(found["mistake"])
     return found
@@ -102,9 +107,10 @@ def verdict(found: dict) -> int:
 
 
 def estimate(found: dict) -> dict:
-    """Seconds of one step that compute, main memory and interconnect take at their public peaks; the longest is the bound.
+    """Seconds of one step that compute, main memory and interconnect take at their public peaks; `longest` names one.
 
-    A program compiled at O0 moves more through main memory than the one that will run, so there HBM is no bound.
+    `bound` is the longest of those that hold for the program that will run: one compiled at O0 moves more through main
+    memory than that, so there HBM is no bound, however long it takes.
     """
     chip, devices = topologies.CHIPS[found["kind"]], found["devices"]
     seconds = {"compute": found["executed_flops"] / devices / chip.flops}
@@ -115,7 +121,7 @@ def estimate(found: dict) -> dict:
     floor = seconds[bound]
     hours = found["steps"] * floor / 3600
     return {
-        "seconds": seconds, "bound": bound, "step_seconds": floor,
+        "seconds": seconds, "longest": max(seconds, key=seconds.get), "bound": bound, "step_seconds": floor,
         "mfu_ceiling": found["useful_flops"] / devices / chip.flops / floor,
         "days": hours / 24, "chip_hours": hours * found["chips"],
     }  # fmt: skip
@@ -258,6 +264,11 @@ def work(found: dict) -> list[str]:
         f"collectives   {moved}",
         f"at best       {1000 * best['step_seconds']:.0f} ms, bound by {best['bound']} ({seconds}): MFU at most {100 * best['mfu_ceiling']:.0f} %",
     ]
+    if best["longest"] != best["bound"]:
+        longest = 1000 * best["seconds"][best["longest"]]
+        lines.append(
+            f"              longest is {best['longest']}, {longest:.0f} ms, of this {found['level']} program; --level=default says what is left of it"
+        )
     if found["donated"]:
         lines.append(
             f"schedule      {found['steps']} steps (epoch of {found['num_train']} images): at least {best['days']:.2f} days, "

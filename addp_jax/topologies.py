@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 
 import jax
 from jax.experimental import topologies
 
-from addp_jax import errors
+from addp_jax import errors, files
 
 GIB = 2**30
 
@@ -100,9 +101,13 @@ def _shape(chips: int, axes: int) -> tuple[int, ...]:
 
 
 def describe(name: Name) -> list:
-    """The devices of a topology, which exist for the compiler only. Raises UserError where it knows no such topology."""
+    """The devices of a topology, which exist for the compiler only. Raises UserError where it knows no such topology.
+
+    The TPU's compiler takes no TPU, so it neither heeds nor takes the lock by which libtpu keeps processes apart.
+    """
     if name.kind in GPUS:
         return _gpus(name)
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     options = dict(CHIPS[name.kind].options) | ({"num_slices": name.slices} if name.slices > 1 else {})
     if name.chips < 4:
         options["chips_per_host_bounds"] = (1, 1, 1)
@@ -110,7 +115,7 @@ def describe(name: Name) -> list:
         text = f"{name.kind}:{'x'.join(map(str, name.shape))}"
         return topologies.get_topology_desc(platform="tpu", topology_name=text, **options).devices
     except (RuntimeError, ValueError) as error:  # the compiler's own words end in a stack trace
-        raise errors.UserError(f"--topology={name}: {str(error).splitlines()[0]}") from error
+        raise errors.UserError(f"--topology={name}: {files.reason(error)}") from error
 
 
 def _gpus(name: Name) -> list:
@@ -119,7 +124,7 @@ def _gpus(name: Name) -> list:
         target = {"target_config": _target(name.kind), "topology": shape}
         return topologies.get_topology_desc(platform="cuda", topology_name=name.kind, **target).devices
     except (RuntimeError, ValueError) as error:
-        raise errors.UserError(f"--topology={name}: {str(error).splitlines()[0]}; it needs pip install '.[cuda]'") from error
+        raise errors.UserError(f"--topology={name}: {files.reason(error)}; it needs pip install '.[cuda]'") from error
 
 
 def _target(kind: str) -> str:

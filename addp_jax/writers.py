@@ -1,24 +1,27 @@
-"""What a run reports: TensorBoard events, a JSON-lines log, pictures, console progress, a profile.
+"""What a run reports: TensorBoard events, a JSON-lines log, pictures, console progress.
 
-    <workdir>/tensorboard/...                  scalars, images, histograms, texts
+    <workdir>/tensorboard/...                  scalars, images
     <workdir>/log.jsonl                        {"step": 10, "time": 1.7e9, "loss": 3.2} per call
     <workdir>/pictures/<name>_<step>.png       every image, also without TensorBoard
-    <workdir>/profile/...                      one trace of the profiled steps
 
 Only host 0 reports; on the others everything here is made with `enabled=False` and does nothing.
+
+What cannot be written is a UserError that names the file or the work directory, and no file but the log and the events,
+which grow, is ever seen half written. Of a log read back, a line counts if its step is a whole number, and a value if
+it is a finite number. Progress is only shown: a terminal that is gone ends the showing, not the run.
 """
 
 import collections
 import contextlib
+import functools
+import io
 import json
 import math
-import os
 import pathlib
 import shutil
 import sys
 import time
 
-import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tensorboardX import event_file_writer, summary
@@ -34,7 +37,6 @@ RATE_WINDOW = 20  # drawn lines over which steps/s is measured
 CAPTION_HEIGHT = 16
 GIF_SECONDS = 3.0  # of a film, before it rests
 NUMBERED_CLASSES = 20  # at most so many get their numbers written into the confusion picture
-SQUARE_CLASSES = 256  # of at most so many it shows which were taken for which: the matrix grows with their square
 
 
 class Writer:
@@ -87,9 +89,8 @@ class Writer:
 
     def close(self):
         if self._enabled:
-            with self._naming_errors():
+            with self._naming_errors(), contextlib.closing(self._log):
                 self._events.close()
-                self._log.close()
 
     def _write(self, step, **content):
         self._events.write_event(event_pb2.Event(step=int(step), wall_time=time.time(), **content))
@@ -97,29 +98,48 @@ class Writer:
             self._events.flush()
             self._flushed = time.monotonic()
 
-    @contextlib.contextmanager
     def _naming_errors(self):
-        try:
-            yield
-        except OSError as error:
-            reason = error.strerror or error
-            raise errors.UserError(f"cannot write to --workdir {self._workdir}: {reason}") from error
+        return _naming_errors(f"write to --workdir {self._workdir}")
+
+
+@contextlib.contextmanager
+def _naming_errors(action):
+    """An OSError inside becomes a UserError: cannot `action`."""
+    try:
+        yield
+    except OSError as error:
+        raise errors.UserError(f"cannot {action}: {files.reason(error)}") from error
+
+
+def _replace(path, save):
+    """Writes `path` whole, in a folder that is made, by `save(file)`; UserError names it."""
+    content = io.BytesIO()
+    save(content)
+    with _naming_errors(f"write {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.replace(path, lambda file: file.write(content.getbuffer()))
 
 
 def save_pictures(folder, images):
-    """Writes {name: [H,W,3], uint8 or float in [0,1]} as `<folder>/<name>.png`; returns the paths."""
+    """Writes {name: [H,W,3], uint8 or float in [0,1]} as `<folder>/<name>.png`; returns the paths.
+
+    Raises UserError naming the file that cannot be written.
+    """
     paths = {name: pathlib.Path(folder) / f"{name}.png" for name in images}
     for name, image in images.items():
-        paths[name].parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(_to_uint8(image)).save(paths[name])
+        _replace(paths[name], functools.partial(Image.fromarray(_to_uint8(image)).save, format="PNG"))
     return list(paths.values())
 
 
 def save_gif(path, frames):
-    """Frames [T,h,w,3] uint8 as an endless film that rests on the last one; returns the path."""
+    """Frames [T,h,w,3] uint8 as an endless film that rests on the last one; returns the path.
+
+    Raises UserError naming the file if it cannot be written.
+    """
     pictures = [Image.fromarray(frame) for frame in frames]
     durations = [round(1000 * GIF_SECONDS / len(pictures))] * (len(pictures) - 1) + [round(500 * GIF_SECONDS)]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    film = dict(format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    _replace(pathlib.Path(path), functools.partial(pictures[0].save, **film))
     return pathlib.Path(path)
 
 
@@ -158,40 +178,39 @@ def contact_sheet(captions, images, columns=8):
     return grid(np.roll(cells, -CAPTION_HEIGHT, axis=1), columns)
 
 
-def confusion(accuracy, matrix=None):
-    """A picture of how well each class is known: uint8 [H,W,3].
+def confusion(examples, hits, matrix=None):
+    """The picture of a classifier's mistakes: uint8 [H,W,3].
 
-    Args:
-      accuracy: float [C] of each class, nan where it has no examples; drawn from the worst to the best.
-      matrix: counts [C,C], rows are true classes; drawn beside it as shares of each row. None = too many classes.
+    examples, hits: int [C], of each true class; matrix: int [C,C] with true classes as rows, or None for many classes.
+    On the left each row of the matrix as shares of its class or, without one, the worst classes by number; on the right
+    the accuracy of every class that has examples, from the worst to the best.
     """
     from matplotlib import figure
     from matplotlib.backends import backend_agg
 
+    numbers = np.flatnonzero(examples)
+    accuracy = hits[numbers] / examples[numbers]
+    order = np.argsort(accuracy, kind="stable")
+    numbers, accuracy = numbers[order], accuracy[order]
     canvas = backend_agg.FigureCanvasAgg(figure.Figure(figsize=(10, 5), dpi=100, layout="constrained"))
+    left, right = canvas.figure.subplots(1, 2)
     if matrix is None:
-        right = canvas.figure.subplots()
+        _bars(left, numbers[:NUMBERED_CLASSES], accuracy[:NUMBERED_CLASSES])
+        left.set(title=f"the {min(len(numbers), NUMBERED_CLASSES)} worst of {len(numbers)} classes", ylabel="class")
     else:
-        left, right = canvas.figure.subplots(1, 2)
-        _draw_matrix(left, matrix)
-    known = np.flatnonzero(np.isfinite(accuracy))
-    numbers = known[np.argsort(accuracy[known])]
-    # Thousands of bars would take as many objects: a line shows the same.
-    if len(numbers) <= SQUARE_CLASSES:
-        right.barh(range(len(numbers)), accuracy[numbers], height=1.0 if len(numbers) > NUMBERED_CLASSES else 0.8)
-    else:
-        right.fill_betweenx(range(len(numbers)), accuracy[numbers])
-    right.set(title="accuracy of each class", xlim=(0, 1), ylim=(-0.5, len(numbers) - 0.5))
+        _squares(left, matrix, matrix / np.maximum(examples, 1)[:, None])
     if len(numbers) <= NUMBERED_CLASSES:
-        right.set_yticks(range(len(numbers)), numbers)
+        _bars(right, numbers, accuracy)
     else:
-        right.set(yticks=[], xlabel="worst: " + ", ".join(map(str, numbers[:NUMBERED_CLASSES])))
+        right.fill_betweenx(np.arange(len(accuracy) + 1) - 0.5, np.append(accuracy, accuracy[-1:]), step="post")
+        worst = ", ".join(map(str, numbers[:NUMBERED_CLASSES]))
+        right.set(xlim=(0, 1), ylim=(-0.5, len(numbers) - 0.5), yticks=[], xlabel=f"worst: {worst}")
+    right.set(title="accuracy of each class")
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
 
 
-def _draw_matrix(axes, matrix) -> None:
-    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+def _squares(axes, matrix, shares):
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     axes.set(title="true class (row) taken for (column)", xlabel="class", ylabel="class")
     if len(matrix) <= NUMBERED_CLASSES:
@@ -201,15 +220,21 @@ def _draw_matrix(axes, matrix) -> None:
             axes.text(column, row, matrix[row, column], ha="center", va="center", color=shade, fontsize=7)
 
 
+def _bars(axes, numbers, accuracy):
+    axes.barh(range(len(numbers)), accuracy)
+    axes.set(xlim=(0, 1), ylim=(-0.5, len(numbers) - 0.5), yticks=range(len(numbers)))
+    axes.set_yticklabels(numbers)
+
+
 class Progress:
     """Steps done, steps/s and time left: one line redrawn on a terminal, a line now and then elsewhere."""
 
     def __init__(self, total_steps, start_step=0, unit="step", stream=None, min_interval=1.0, enabled=True):
         self._total, self._step, self._unit = total_steps, start_step, unit
         self._stream = sys.stderr if stream is None else stream
-        self._terminal = self._stream.isatty()
+        self._enabled = enabled and self._stream is not None and not self._stream.closed
+        self._terminal = self._enabled and self._stream.isatty()
         self._interval = min_interval if self._terminal else max(min_interval, PLAIN_SECONDS)
-        self._enabled = enabled
         self._message, self._drawn = "", None  # _drawn: the step shown last
         self._marks = collections.deque(maxlen=RATE_WINDOW)  # (seconds, step) of each line
 
@@ -238,11 +263,13 @@ class Progress:
             self._write(self._line() + "\n")
 
     def _write(self, text):
-        """A reader that went away (a closed terminal, a broken pipe) must not end the run."""
+        """Shows `text`; a stream that takes no more of it is left alone from then on."""
+        if not self._enabled:
+            return
         try:
             self._stream.write(text)
             self._stream.flush()
-        except (OSError, ValueError):
+        except (OSError, ValueError):  # a pipe without a reader, a full disk; ValueError: closed
             self._enabled = False
 
     def _bar(self):
@@ -267,6 +294,7 @@ def curves(log_path, out_png, keys=()):
     """Draws the scalars `keys` of a log.jsonl over the steps, one panel each, into `out_png`.
 
     Without `keys`: the training loss and every evaluation scalar but those of single classes.
+    Raises UserError naming the file that cannot be read or written.
     """
     try:
         import matplotlib
@@ -274,7 +302,8 @@ def curves(log_path, out_png, keys=()):
         raise errors.UserError("drawing curves needs matplotlib: pip install matplotlib") from error
     from matplotlib import figure
 
-    lines = _read_log(log_path)
+    with _naming_errors(f"read {log_path}"):
+        lines = _read_log(log_path)
     evaluated = sorted({key for line in lines for key in line if key.startswith("eval/") and "/class/" not in key})
     keys = keys or ["train/loss", *evaluated]
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
@@ -293,15 +322,12 @@ def curves(log_path, out_png, keys=()):
                 axes.text(0.5, 0.5, "no data", ha="center")
             axes.set(title=key, xlabel="step")
             axes.grid(alpha=0.25)
-        try:
-            files.replace(out_png, lambda file: canvas.savefig(file, dpi=150, format="png"))
-        except OSError as error:
-            raise errors.UserError(f"cannot write {out_png}: {files.reason(error)}") from error
+        _replace(pathlib.Path(out_png), functools.partial(canvas.savefig, format="png", dpi=150))
 
 
 def holds(path, step: int, prefix: str) -> bool:
     """Whether the log at `path` has a value of this step whose name begins with `prefix`."""
-    lines = _read_log(path) if os.path.exists(path) else []
+    lines = _read_log(path) if pathlib.Path(path).exists() else []
     return any(line["step"] == step and any(name.startswith(prefix) for name in line) for line in lines)
 
 
@@ -314,14 +340,24 @@ def _drop_later_lines(path, start_step):
 
 
 def _read_log(path):
-    """The log's lines as dicts; a line torn by a kill, or without the number of a step, is left out."""
+    """The log's lines as {"step": int, name: finite float or None}; torn lines and what else is no such line are left out."""
     lines = []
-    for text in pathlib.Path(path).read_text(errors="replace").splitlines():
+    for text in files.read_bytes(path).decode("utf-8", "replace").split("\n"):
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except (ValueError, RecursionError):
             continue
-    return [line for line in lines if isinstance(line, dict) and type(line.get("step")) is int]
+        if isinstance(line, dict) and type(line.get("step")) is int and 0 <= line["step"] < 2**63:
+            values = {name: _finite(value) for name, value in line.items() if value is None or type(value) in (int, float)}
+            lines.append(values | {"step": line["step"]})
+    return lines
+
+
+def _finite(value):
+    try:
+        return value if value is not None and math.isfinite(value) else None
+    except OverflowError:  # an integer beyond floats
+        return None
 
 
 def _to_uint8(image):

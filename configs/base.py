@@ -46,7 +46,7 @@ def run(task: str, **model) -> ConfigDict:
             prefetch=4,  # batches held ready
         ),
         optim=dict(
-            optimizer="adamw",  # adamw | lars
+            optimizer="adamw",  # adamw | lars (optax's, whose momentum holds updates that the learning rate has multiplied)
             base_lr=1e-4,  # at a batch of 256; the learning rate is base_lr * batch_size / 256
             min_lr=0.0,  # at the end of the half cosine
             warmup_epochs=40.0,  # linear from 0; counts where epochs is set
@@ -58,9 +58,9 @@ def run(task: str, **model) -> ConfigDict:
             layer_decay=1.0,  # learning rate of each encoder layer relative to the one above it
             clip_norm=3.0,  # global gradient norm; 0 = off
             accumulate=1,  # micro-batches per step
-            ema_decay=0.0,  # of the averaged parameters; 0 = no average
+            ema_decay=0.0,  # of the averaged parameters, below 1; 0 = no average
         ),
-        # devices along each axis; one may be -1, the rest; fsdp=-16: up to 16, as many as divide 16 and the devices
+        # devices along each axis; one may be -1, the rest; fsdp=-16: up to 16, as many as divide 16 and what data and tensor leave
         mesh=dict(data=-1, fsdp=1, tensor=1),
         checkpoint=dict(
             every=1000,  # steps

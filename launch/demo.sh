@@ -8,6 +8,8 @@ launch/demo.sh [--data FOLDER] [--size PIXELS] [--out FOLDER] [--config.FIELD=VA
   --size PIXELS    side of the images, a multiple of 8 (default 48)
   --out FOLDER     where runs and pictures go (default runs/demo); a stopped demo goes on from there
   --config.*       fields of configs/base.py for all three stages
+
+Relative paths are relative to the present folder.
 HELP
 }
 set -euo pipefail
@@ -28,17 +30,20 @@ if [ $((size % 8)) -ne 0 ] || [ "$size" -lt 32 ]; then
     echo "error: --size $size: use a multiple of 8, at least 32" >&2
     exit 2
 fi
-[ -z "$data" ] || data=$(cd "$data" && pwd) || exit 2
-case $out in /*) ;; *) out=$PWD/$out ;; esac
+[ -z "$data" ] || [ -d "$data" ] || { echo "error: --data $data: no such folder" >&2; exit 2; }
+here=$PWD
 # shellcheck source=launch/setup.sh
 . "$(dirname "$0")/setup.sh"
+root=$PWD
+cd "$here"
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 # its modules, not those of a present folder with such names
 
 source=()
 [ -z "$data" ] || source=(--config.data.source=image_folder "--config.data.path=$data")
 started=$SECONDS
 
 main() { # mode, config, run folder, more flags
-    python -m addp_jax.main --mode="$1" --config="configs/$2.py:$size" --workdir="$out/$3" "${@:4}" "${flags[@]}"
+    python -m addp_jax.main --mode="$1" --config="$root/configs/$2.py:$size" --workdir="$out/$3" "${@:4}" "${flags[@]}"
 }
 
 echo "== 1 of 3: tokenizer"

@@ -9,6 +9,7 @@ launch/local.sh PROCESSES CONFIG WORKDIR [FLAG...]
   WORKDIR     folder of the run; the same command goes on where a stopped run was
   FLAG...     for python -m addp_jax.main: --mode=evaluate, --config.batch_size=256, ...
 
+Relative paths, those in flags as well, are relative to the present folder; CONFIG that is not there is one of this repository.
 Ctrl-C or SIGTERM: all processes save at one step and stop, exit status 143. When a process dies the others end too;
 the exit status is the highest of theirs. PYTHON: the interpreter (default .venv/bin/python).
 HELP
@@ -19,9 +20,11 @@ case ${1:-} in -h | --help) usage; exit 0 ;; esac
 count=$1 config=$2 workdir=$3
 shift 3
 case $count in '' | 0 | *[!0-9]*) echo "error: $count is not a number of processes" >&2; exit 2 ;; esac
-case $workdir in /*) ;; *) workdir=$PWD/$workdir ;; esac
-cd "$(dirname "$0")/.."
-python=${PYTHON:-.venv/bin/python}
+root=$(cd "$(dirname "$0")/.." && pwd)
+[ -e "${config%:*}" ] || [ ! -e "$root/${config%:*}" ] || config=$root/$config
+python=${PYTHON:-$root/.venv/bin/python}
+# The repository's modules, wherever this is run; SAFEPATH: not those of a present folder with such names.
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
 GRACE=45 # seconds that the others have after one has failed; jax ends them after 30
 
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')

@@ -6,19 +6,23 @@
 #
 #   launch/transfer.sh [ADDP_WORKDIR [OUTPUT]] [--config.FIELD=...]    default: runs/demo/addp runs/transfer
 #
-# Trailing flags go to every run. Prints one line per run: its accuracies on 2,000 held-out pictures.
+# Relative paths are relative to the present folder. Trailing flags go to every run. Prints one line per run: its accuracies on 2,000 held-out pictures.
 set -euo pipefail
 encoder=runs/demo/addp output=runs/transfer
 [[ ${1:--} == -* ]] || { encoder=$1; shift; }
 [[ ${1:--} == -* ]] || { output=$1; shift; }
 flags=("$@")
+here=$PWD
 # shellcheck source=launch/setup.sh
 . "$(dirname "$0")/setup.sh"
+root=$PWD
+cd "$here"
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 # its modules, not those of a present folder with such names
 mkdir -p "$output"
 
 run() { # name, config, encoder, more flags
     local folder=$output/$1
-    python -m addp_jax.main --config="configs/$2.py" --workdir="$folder" --config.model.encoder_weights="$3" "${@:4}" \
+    python -m addp_jax.main --config="$root/configs/$2.py" --workdir="$folder" --config.model.encoder_weights="$3" "${@:4}" \
         "${flags[@]}" > "$folder.txt" 2>&1 || { cat "$folder.txt" >&2; exit 1; }
     echo "$1: $(grep '"eval/' "$folder/log.jsonl" | tail -n 1 | grep -o '[a-z_]*top1": [0-9.]*' | tr -d '":' | tr '\n' ' ')"
 }

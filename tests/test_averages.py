@@ -50,3 +50,9 @@ def test_losses_by_mask_ratio():
     losses.add(np.float32([0.51, 0.6, 0.61]), jnp.asarray([1.0, 3.0, 5.0]), np.ones(3, bool))
     losses.add(np.float32([1.0, 0.95, 0.2, 0.9]), np.array([7.0, 9.0, np.nan, 11.0]), np.array([True, True, False, True]))
     assert losses.means() == {"loss_mask_50_60": 2, "loss_mask_60_70": 5, "loss_mask_80_90": 11, "loss_mask_90_100": 8}
+
+
+def test_a_ratio_that_is_no_fraction_is_in_no_tenth():
+    tenths = averages.ByMaskRatio()
+    tenths.add([0.05, np.nan, 0.0, -1.0, 2.0, np.inf], np.arange(6.0), np.ones(6, bool))
+    assert tenths.means() == {"loss_mask_0_10": 0.0}

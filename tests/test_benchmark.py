@@ -6,7 +6,7 @@ import jax
 import pytest
 
 import programs
-from addp_jax import benchmark, partition
+from addp_jax import benchmark, flops, partition
 
 PARTS = {
     "training step": {
@@ -20,7 +20,7 @@ PARTS = {
 @pytest.fixture(scope="module")
 def result():
     weights = dict(model__tokenizer_weights="random", model__predictor_weights="random")
-    config = programs.config("vitb", **weights, model__sampler__steps=2, mesh__data=1, mesh__fsdp=8)
+    config = programs.config("vitb", **weights, model__sampler__steps=2, model__net__encoder__remat="full", mesh__data=1, mesh__fsdp=8)
     with jax.set_mesh(partition.make_mesh(config.mesh)):
         return benchmark.benchmark(config)
 
@@ -46,3 +46,26 @@ def test_the_parts_flops_are_the_wholes(result):
     networks = sum(row["flops"] for name, row in step.items() if "." in name)
     assert networks == pytest.approx(step["forward"]["flops"], rel=0.01)
     assert step["backward"]["flops"] > step["PixelToToken.encode"]["flops"] + step["PixelToToken.decode"]["flops"]
+
+
+def test_what_is_computed_again_is_executed_and_not_useful(result):
+    """The encoder's blocks are computed again for the backward pass."""
+    step = rows(result, "training step")
+    again = step["training step"]["flops"] - step["training step"]["useful_flops"]
+    assert 0.3 * step["PixelToToken.encode"]["flops"] < again <= step["PixelToToken.encode"]["flops"]
+    assert step["backward"]["flops"] - step["backward"]["useful_flops"] == pytest.approx(again)
+    others = [row for table in PARTS for name, row in rows(result, table).items() if name not in ("training step", "backward")]
+    assert all(row["useful_flops"] == row["flops"] for row in others)
+
+
+def test_the_table_has_both_utilisations(capsys):
+    benchmark.report("a step", [benchmark.Row("training step", 2.0, 8e9, 6e9)], 4, 10e9)
+    heading, row = capsys.readouterr().out.strip().splitlines()[-2:]
+    assert heading.split() == ["runs", "seconds", "GFLOP", "useful", "GFLOP/s", "images/s", "HFU", "MFU", "MiB"]
+    assert row.split()[2:] == ["1", "2.000", "8.0", "6.0", "4.0", "2.000", "40.0%", "30.0%", "0"]
+
+
+def test_keeping_everything_changes_nothing_but_what_is_computed_again():
+    fields = {"net": {"encoder": {"remat": "dots", "depth": 2}, "decoder": {"remat": "full"}}, "remat": "full", "name": "remat"}
+    kept = {"net": {"encoder": {"remat": "none", "depth": 2}, "decoder": {"remat": "none"}}, "remat": "none", "name": "remat"}
+    assert flops.everything_kept(fields) == kept and fields["remat"] == "full"

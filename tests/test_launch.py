@@ -34,13 +34,13 @@ class Tools:
         path.chmod(0o755)
         return str(path)
 
-    def start(self, script: str, *arguments, **environment):
+    def start(self, script: str, *arguments, cwd=None, **environment):
         command = [str(LAUNCH / script), *arguments]
         environment = self.environment | environment
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    def call(self, script: str, *arguments, **environment):
-        process = self.start(script, *arguments, **environment)
+    def call(self, script: str, *arguments, cwd=None, **environment):
+        process = self.start(script, *arguments, cwd=cwd, **environment)
         output, problems = process.communicate(timeout=60)
         return process.returncode, output, problems
 
@@ -118,6 +118,89 @@ def test_local_hands_sigterm_to_all_and_waits_for_them(tools):
     _, problems = process.communicate(timeout=30)
     assert process.returncode == 143 and not problems
     assert len(list(tools.folder.glob("saved.*"))) == 2
+
+
+# What the processes of a launcher see: their folder and the package that they would run.
+SEEN = f"""
+echo "in $PWD" >>"$TOOLS/seen"
+case $1 in -m) {sys.executable} -c 'import addp_jax, configs.base as base; print(addp_jax.__path__[0], base.__file__)' >>"$TOOLS/seen" ;; esac
+"""
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A folder of one's own, with names that the repository has too."""
+    folder = tmp_path / "my project"
+    for name in ("addp_jax", "configs"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text("raise ImportError('another package of this name')\n")
+    (folder / "configs" / "mine.py").write_text("")
+    return folder
+
+
+def seen(tools) -> set[str]:
+    return set((tools.folder / "seen").read_text().splitlines())
+
+
+@pytest.mark.parametrize("config, expected", [
+    ("configs/vitb_in1k.py:tiny", f"{programs.ROOT}/configs/vitb_in1k.py:tiny"), ("configs/mine.py", "configs/mine.py"),
+    ("configs/mine.py:tiny", "configs/mine.py:tiny"), ("configs/vitbb.py", "configs/vitbb.py"), ("/tmp/x.py:a", "/tmp/x.py:a"),
+])  # fmt: skip
+def test_local_means_the_callers_folder_by_relative_paths(config, expected, tools, elsewhere):
+    python = tools.add("python", FAKE_PYTHON + SEEN)
+    status, _, problems = tools.call("local.sh", "1", config, "runs/x", "--config.data.path=pictures", cwd=elsewhere, PYTHON=python)
+    assert status == 0, problems
+    [call] = [line for line in tools.calls if "-m addp_jax.main" in line]
+    assert f"--config={expected} --workdir=runs/x --config.data.path=pictures" in call
+    assert seen(tools) == {f"in {elsewhere}", f"{programs.ROOT}/addp_jax {programs.ROOT}/configs/base.py"}
+
+
+def test_local_takes_a_python_that_is_relative_to_the_caller(tools, elsewhere):
+    shutil.copy(tools.add("python", FAKE_PYTHON), elsewhere / "python")
+    status, _, problems = tools.call("local.sh", "2", *RUN, cwd=elsewhere, PYTHON="./python")
+    assert status == 0 and len(tools.calls) == 3, problems
+
+
+@pytest.fixture
+def prepared(tools):
+    """A virtual environment whose python notes what it sees and leaves what the scripts look for."""
+    environment = tools.folder / "venv"
+    (environment / "bin").mkdir(parents=True)
+    (environment / "bin" / "activate").write_text(f'export PATH="{tools.folder}:$PATH"\n')
+    wanted = subprocess.run("cat requirements.txt setup.py | cksum", shell=True, cwd=programs.ROOT, capture_output=True, check=True).stdout
+    (environment / "installed").write_bytes(wanted)
+    outputs = """
+for flag in "$@"; do case $flag in --workdir=*) run=${flag#*=} ;; esac; done
+[ -n "${run:-}" ] || exit 0
+mkdir -p "$run/pictures" "$run/generated"
+for name in reconstructions samples denoising; do touch "$run/pictures/${name}_0000001.png"; done
+touch "$run/generated/grid.png" "$run/generated/strip.png" "$run/generated/judged.png" "$run/curves.png"
+echo '{"step": 1, "eval/top1": 0.5}' >"$run/log.jsonl"
+"""
+    tools.add("python", FAKE_PYTHON + SEEN + outputs)
+    return str(environment)
+
+
+@pytest.mark.parametrize("script, arguments, made", [
+    ("demo.sh", ("--out", "out", "--data", "pictures"), "out/pictures/samples.png"),
+    ("demo.sh", ("--config.data.path=pictures",), "runs/demo/pictures/judged.png"),
+    ("transfer.sh", ("addp", "out", "--config.data.path=pictures"), "out/probe.txt"), ("transfer.sh", (), "runs/transfer/probe.txt"),
+])  # fmt: skip
+def test_demo_and_transfer_mean_the_callers_folder_by_relative_paths(script, arguments, made, tools, elsewhere, prepared):
+    (elsewhere / "pictures").mkdir()
+    status, output, problems = tools.call(script, *arguments, cwd=elsewhere, VENV=prepared)
+    assert status == 0, output + problems
+    assert (elsewhere / made).exists()
+    assert seen(tools) == {f"in {elsewhere}", f"{programs.ROOT}/addp_jax {programs.ROOT}/configs/base.py"}
+    runs = [line for line in tools.calls if "addp_jax.main" in line]
+    assert runs and all(f"--config={programs.ROOT}/configs/demo_" in line for line in runs)
+    if "addp" in arguments:
+        assert "--config.model.encoder_weights=addp " in runs[0] and "--workdir=out/finetuned_0" in runs[0]
+
+
+def test_the_demo_refuses_a_folder_that_is_not_there(tools, elsewhere, prepared):
+    status, _, problems = tools.call("demo.sh", "--data", "nowhere", cwd=elsewhere, VENV=prepared)
+    assert status == 2 and problems == "error: --data nowhere: no such folder\n" and not tools.calls
 
 
 # --- Slurm ----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import collections
 
 import numpy as np
+import pytest
 
 from addp_jax.metrics import nearest
 
@@ -36,3 +37,34 @@ def test_length_of_a_feature_makes_no_difference():
 def test_the_nearest_of_one_neighbour_is_the_example_itself():
     weighted, plain = nearest.votes(BANK, LABELS, BANK, k=1, temperature=0.07, num_classes=4)
     assert (np.asarray(weighted).argmax(1) == LABELS).all() and (np.asarray(plain).argmax(1) == LABELS).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_a_query_without_a_direction_gets_no_votes_and_harms_no_other(value):
+    queries = QUERIES.copy()
+    queries[3] = value
+    for found, sound in zip(vote(queries=queries), vote()):
+        assert not found[3].any()
+        np.testing.assert_array_equal(np.delete(found, 3, 0), np.delete(sound, 3, 0))
+
+
+def test_one_number_of_a_query_that_is_not_finite_is_enough():
+    queries = QUERIES.copy()
+    queries[3, 2] = np.nan
+    assert not vote(queries=queries)[1][3].any()
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 0.0])
+def test_a_training_example_without_a_direction_is_nobodys_neighbour(value):
+    bank, labels = np.concatenate([BANK, np.full((2, 6), value, np.float32)]), np.append(LABELS, [0, 1])
+    found = nearest.votes(bank, labels, QUERIES, k=7, temperature=0.07, num_classes=4)
+    for one, sound in zip(found, vote()):
+        np.testing.assert_allclose(one, sound, atol=1e-6)
+
+
+def test_fewer_neighbours_than_k_share_the_votes():
+    bank = np.full((7, 6), np.nan, np.float32)
+    bank[:3] = BANK[:3]
+    weighted, plain = nearest.votes(bank, LABELS[:7], QUERIES, k=7, temperature=0.07, num_classes=4)
+    np.testing.assert_allclose(np.asarray(weighted).sum(1), 1, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(plain).sum(1), 3.5, atol=1e-5)

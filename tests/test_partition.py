@@ -1,6 +1,7 @@
 """The mesh, the table of parameter layouts, and that no layout changes a number."""
 
 import functools
+import math
 import re
 
 import jax
@@ -56,7 +57,27 @@ def test_one_size_may_be_left_open(sizes, expected):
     assert set(mesh.axis_types) == {AxisType.Auto}
 
 
-@pytest.mark.parametrize("sizes", [(-1, -1, 1), (3, -1, 1), (2, 2, 1), (16, 1, 1), (0, -1, 1), (0, 8, 1), (-2, -4, 1)])
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("devices", [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 256])
+def test_as_many_as_divide_sixteen_are_taken_of_what_tensor_leaves(devices, tensor, monkeypatch):
+    """The mesh of the published configs, with tensor parallelism beside it."""
+    monkeypatch.setattr(partition, "_grid", lambda sizes, devices: np.reshape(jax.devices() * 32, -1)[: len(devices)].reshape(sizes))
+    monkeypatch.setattr(partition, "Mesh", lambda grid, axes, axis_types: dict(zip(axes, grid.shape)))
+    config = partition.Config(-1, -16, tensor)
+    if devices % tensor:
+        with pytest.raises(errors.UserError, match=f"tensor={tensor} does not multiply to the {devices} devices"):
+            partition.make_mesh(config, [None] * devices)
+        return
+    fsdp = math.gcd(devices // tensor, 16)
+    assert partition.make_mesh(config, [None] * devices) == {"data": devices // tensor // fsdp, "fsdp": fsdp, "tensor": tensor}
+
+
+@pytest.mark.parametrize("sizes, expected", [((2, -16, 1), (2, 4, 1)), ((1, -16, -1), (1, 8, 1)), ((2, -2, -1), (2, 2, 2)), ((-1, -16, 2), (1, 4, 2))])
+def test_data_is_taken_first_as_well(sizes, expected):
+    assert tuple(partition.make_mesh(partition.Config(*sizes)).shape.values()) == expected
+
+
+@pytest.mark.parametrize("sizes", [(-1, -1, 1), (3, -1, 1), (2, 2, 1), (16, 1, 1), (0, -1, 1), (0, 8, 1), (-2, -4, 1), (-1, -16, 3), (16, -16, 1), (-1, -16, -2)])
 def test_sizes_that_do_not_fit_the_devices_are_refused(sizes):
     with pytest.raises(errors.UserError, match="config.mesh: data=.* the 8 devices present"):
         partition.make_mesh(partition.Config(*sizes))

@@ -1,8 +1,10 @@
 """Plan mode: what it makes of a compiler's report, exit statuses, and one real compile where libtpu is installed."""
 
 import json
+import os
 import subprocess
 import sys
+import types
 
 import programs
 import pytest
@@ -77,6 +79,33 @@ def test_nothing_that_was_tried_fits(answer, capsys):
     assert [config["generate"]["batch_size"] for config in asked] == [64, 32, 16, 8, 4]
 
 
+def test_a_memory_time_that_is_longer_than_the_bound_is_told(answer, capsys):
+    answer(REPORT | {"hbm_traffic": 819e9 * 0.163})
+    plan.plan(fields(), REQUEST)
+    out = capsys.readouterr().out
+    assert "100 ms, bound by compute (compute 100 ms, HBM 163 ms" in out
+    assert "longest is HBM, 163 ms, of this O0 program; --level=default" in out
+
+
+@pytest.mark.parametrize("change, longest, bound", [
+    ({}, "compute", "compute"), ({"hbm_traffic": 819e9}, "HBM", "compute"), ({"hbm_traffic": 819e9, "level": "default"}, "HBM", "HBM"),
+    ({"collectives": {"all-reduce": {"count": 1, "bytes": 50e9}}, "hbm_traffic": 819e9 * 0.6}, "interconnect", "interconnect"),
+])  # fmt: skip
+def test_the_longest_time_is_named_beside_the_bound(change, longest, bound, answer, capsys):
+    best = plan.estimate(REPORT | change)
+    assert (best["longest"], best["bound"]) == (longest, bound)
+    assert best["seconds"][longest] == max(best["seconds"].values())
+    answer(REPORT | change)
+    plan.plan(fields(), REQUEST)
+    assert ("longest is" in capsys.readouterr().out) == (longest != bound)
+
+
+def test_a_task_that_trains_on_computed_features_is_not_planned():
+    run = types.SimpleNamespace(task=types.SimpleNamespace(open_source=None), config=types.SimpleNamespace(task="linear_probe"))
+    with pytest.raises(errors.UserError, match="config.task: linear_probe trains on features"):
+        compile_only.training(run)
+
+
 @pytest.mark.parametrize("change, words", [
     ({"collectives": {"all-gather": {"count": 1, "bytes": 57 * GIB}}}, "collectives move 57.00 GiB a step, over 2.98 GiB"),
     ({"collectives": {"all-to-all": {"count": 1, "bytes": GIB}}}, "all-to-all of 1.00 GiB"),
@@ -109,6 +138,9 @@ def test_json(answer, capsys):
     ("kill -ABRT $$", "the compiler died of SIGABRT"),
     ("echo boom >&2; exit 3", "the compiler exited with status 3: boom"),
     ("echo '{\"error\": \"INTERNAL: no\", \"limit\": 1}'", "could not tell: INTERNAL: no"),
+    ("exit 0", "could not tell: the compiler ended without a report"),
+    ("echo goodbye", "could not tell: the compiler ended without a report"),
+    ("printf 'Error \\033[2J%0500d' 7 >&2; exit 4", "exited with status 4: Error \\x1b[2J0000"),
 ])  # fmt: skip
 def test_a_compiler_that_fails_is_not_a_program_that_does_not_fit(script, words, tmp_path, monkeypatch, capsys):
     fake = tmp_path / "python"
@@ -117,7 +149,8 @@ def test_a_compiler_that_fails_is_not_a_program_that_does_not_fit(script, words,
     monkeypatch.setattr(sys, "executable", str(fake))
     monkeypatch.setattr(plan, "require_compiler", lambda kind: None)
     assert plan.plan(fields(), REQUEST) == plan.UNKNOWN == 2
-    assert words in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert words in out and len(out.splitlines()) == 1 and len(out) < 300
 
 
 def test_a_mistake_that_the_child_finds_is_the_users(tmp_path, monkeypatch):
@@ -148,3 +181,23 @@ def test_the_real_compiler_on_a_tiny_step():
     assert found["parameter_bytes"] < 4 * found["parameters"] / 3 and found["aliased"] >= found["donated"]
     assert found["collectives"]["all-to-all"]["bytes"] < found["batch_bytes"] and found["executed_flops"] == found["useful_flops"]
     assert found["limit"] == 15.75 * topologies.GIB
+
+
+@pytest.mark.parametrize("first", ["topologies", "plan"])
+def test_the_compiler_runs_beside_another_process_that_holds_libtpu(first, tmp_path):
+    pytest.importorskip("libtpu", reason="needs pip install '.[plan]'")
+    hold = "from jax.experimental import topologies as t; t.get_topology_desc(platform='tpu', topology_name='v5e:2x2'); print('held', flush=True); input()"
+    environment = {name: value for name, value in os.environ.items() if name != "ALLOW_MULTIPLE_LIBTPU_LOAD"}
+    environment |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_LOG_DIR": "disabled", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
+    describe = "from addp_jax import topologies as t; print(len(t.describe(t.parse('v5e:2x2'))))"
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True) as holder:
+        try:
+            holder.stdout.readline()  # or its end, where yet another process holds libtpu
+            if first == "topologies":
+                done = subprocess.run([sys.executable, "-c", describe], cwd=programs.ROOT, env=environment, capture_output=True, text=True, timeout=300)
+                assert done.returncode == 0 and done.stdout.split()[-1] == "4", done.stderr
+            else:
+                found = plan.compile_in_child(programs.fields("demo_judge").to_dict(), plan.Request("v5e:2x2"))
+                assert found.get("peak"), found
+        finally:
+            holder.kill()

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import pathlib
 import struct
 import types
 
@@ -76,7 +78,6 @@ def test_images_are_pictures_and_events(tmp_path):
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(encoded))), image)
 
 
-
 def test_resume_leaves_no_duplicate_steps(tmp_path):
     writer = writers.Writer(tmp_path)
     for step in range(0, 6):
@@ -108,9 +109,6 @@ def test_disabled_writer_writes_nothing(tmp_path, capfd):
     progress = writers.Progress(10, enabled=False)
     progress.update(5)
     progress.close()
-    profile = writers.Profile(tmp_path / "run", 1, 3, enabled=False)
-    profile.update(1)
-    profile.close()
     assert list(tmp_path.iterdir()) == [] and capfd.readouterr() == ("", "")
 
 
@@ -207,8 +205,6 @@ def test_progress_that_never_began_prints_nothing():
     assert stream.getvalue() == ""
 
 
-
-
 def test_curves_draw_a_panel_per_key(tmp_path):
     writer = writers.Writer(tmp_path)
     for step in range(5):
@@ -221,3 +217,105 @@ def test_curves_draw_a_panel_per_key(tmp_path):
     one, three, many = drawn
     assert three.shape[1] == 3 * one.shape[1] and one.std() > 5
     assert many.shape[:2] == (2 * one.shape[0], writers.PANELS_PER_ROW * one.shape[1])
+
+
+@pytest.mark.parametrize("place", ["curves", "pictures", "film"])
+def test_a_file_that_cannot_be_written_is_named(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n')
+    (tmp_path / "folder.png").mkdir()
+    frames = np.zeros((2, 4, 4, 3), np.uint8)
+    write = {
+        "curves": lambda: writers.curves(tmp_path / "log.jsonl", tmp_path / "file" / "curves.png"),
+        "pictures": lambda: writers.save_pictures(tmp_path, {"folder": frames[0]}),
+        "film": lambda: writers.save_gif(tmp_path / "file" / "film.gif", frames),
+    }
+    with pytest.raises(errors.UserError, match=r"cannot write .*(file/curves.png|folder.png|file/film.gif): \w") as caught:
+        write[place]()
+    assert "\n" not in str(caught.value)
+    assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("make", ["absent", "folder", "pipe"])
+def test_a_log_that_cannot_be_read_is_named(make, tmp_path):
+    path = tmp_path / "log.jsonl"
+    {"absent": lambda path: None, "folder": pathlib.Path.mkdir, "pipe": os.mkfifo}[make](path)
+    with pytest.raises(errors.UserError, match="cannot read .*log.jsonl: "):
+        writers.curves(path, tmp_path / "curves.png")
+    if make != "absent":
+        with pytest.raises(errors.UserError, match="cannot write to --workdir"):
+            writers.Writer(tmp_path, start_step=1)
+
+
+def test_a_picture_that_cannot_be_replaced_stays_whole(tmp_path, monkeypatch):
+    writers.save_pictures(tmp_path, {"a": np.zeros((4, 4, 3), np.uint8)})
+    monkeypatch.setattr(writers.files.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(errors.UserError, match="cannot write .*a.png: No space left on device"):
+        writers.save_pictures(tmp_path, {"a": np.full((4, 4, 3), 255, np.uint8)})
+    assert np.asarray(Image.open(tmp_path / "a.png")).max() == 0
+
+
+STRANGE = [
+    '{"step": null}', '{"step": "3"}', '{"step": true}', '{"step": 1.5}', '{"step": [1]}', '{"step": -1}', '{"step": 1e3}', "[" * 100_000,
+    '{"a":' * 100_000, '{"step": ' + "9" * 5000 + "}", '{"step": ' + "9" * 30 + "}", "[1]", "3", "null", "\0\0", "\ufffd", '{"loss": 1}', "",
+]  # fmt: skip
+
+
+def test_lines_of_a_log_whose_step_is_no_number_are_left_out(tmp_path):
+    sound = ['{"step": 1, "loss": 3.0}', '{"step": 2, "loss": 2.0}']
+    (tmp_path / "log.jsonl").write_text("\n".join([sound[0], *STRANGE, sound[1]]))
+    writers.Writer(tmp_path, start_step=4).close()
+    assert (tmp_path / "log.jsonl").read_text().splitlines() == sound
+    writers.curves(tmp_path / "log.jsonl", tmp_path / "curves.png", ["loss"])
+
+
+def test_values_of_a_log_that_are_no_numbers_are_left_out(tmp_path):
+    values = {"a": '"high"', "b": "[1]", "c": "{}", "d": "NaN", "e": "-Infinity", "f": "1e999", "g": "9" * 400, "h": "true", "i": "0.5"}
+    (tmp_path / "log.jsonl").write_text('{"step": 1, ' + ", ".join(f'"{name}": {value}' for name, value in values.items()) + "}\n")
+    writers.Writer(tmp_path, start_step=4).close()
+    assert log(tmp_path) == [{"step": 1, "d": None, "e": None, "f": None, "g": None, "i": 0.5}]
+    writers.curves(tmp_path / "log.jsonl", tmp_path / "curves.png", list(values))
+
+
+class Broken(io.StringIO):
+    """A stream that takes nothing."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error, self.tries = error, 0
+
+    def write(self, text):
+        self.tries += 1
+        raise self.error
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left on device"), ValueError("closed")])
+def test_progress_that_nobody_can_see_any_more_does_not_end_the_run(error, terminal, clock):
+    stream = Broken(error)
+    stream.isatty = lambda: terminal
+    progress = writers.Progress(10, stream=stream)
+    for step in range(10):
+        progress.update(step)
+        clock.seconds += 60
+    progress.close()
+    assert stream.tries == 1
+
+
+def test_progress_without_a_stream_shows_nothing(monkeypatch):
+    closed = io.StringIO()
+    closed.close()
+    for stream in (None, closed):
+        monkeypatch.setattr(writers.sys, "stderr", stream)
+        progress = writers.Progress(10)
+        progress.update(1)
+        progress.close()
+
+
+@pytest.mark.parametrize("classes", [2, 300, 20_000])
+def test_the_picture_of_many_classes_needs_no_square(classes):
+    examples = np.arange(classes) % 3
+    hits = examples // 2
+    matrix = np.diag(hits) if classes == 2 else None
+    picture = writers.confusion(examples, hits, matrix)
+    assert picture.dtype == np.uint8 and picture.shape == (500, 1000, 3) and picture[:, :500].std() > 5 and picture[:, 500:].std() > 5

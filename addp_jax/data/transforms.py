@@ -21,7 +21,7 @@ from addp_jax import errors, files
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 2**26  # of an image; a small file can claim any size
-MAX_STRIP = 2**25  # pixels of a resized image of which most would be cut away
+MAX_STRIP = 2**23  # pixels of a resized image of which most would be cut away
 ROWS = 64  # of a 16-bit image that are converted at a time
 _CROP_TRIES = 10
 _ASPECT_RATIOS = (3 / 4, 4 / 3)

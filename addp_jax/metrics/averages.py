@@ -31,8 +31,10 @@ class ByMaskRatio:
         self._totals, self._counts = np.zeros(11), np.zeros(11)
 
     def add(self, ratios, losses, valid) -> None:
-        """`ratios`, fractions in (0,1], and `losses` of a batch [B], of which the `valid` [B] count."""
+        """`ratios`, fractions in (0,1], and `losses` of a batch [B], of which the `valid` [B] count; other ratios do not."""
         ratios, losses, valid = np.asarray(ratios, np.float64), np.asarray(losses, np.float64), np.asarray(valid)
+        valid = valid & (ratios > 0) & (ratios <= 1)
+        ratios = np.where(valid, ratios, 1)
         tenths = np.ceil(10 * ratios - 1e-6).astype(int)[valid]  # 0.6 as float32 is above 0.6
         np.add.at(self._totals, tenths, losses[valid])
         np.add.at(self._counts, tenths, 1)

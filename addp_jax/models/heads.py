@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from addp_jax import errors
+from addp_jax import errors, parameters
 from addp_jax.models import layers, vit
 
 POOLINGS = ("mean", "class")
@@ -25,6 +25,8 @@ class Config:
     pooling: str = "mean"  # mean (of the patches) | class (the class token)
 
     def __post_init__(self):
+        if self.num_classes < 1:
+            raise errors.UserError(f"config.model.net.num_classes: {self.num_classes}; use at least 1")
         if self.pooling not in POOLINGS:
             raise errors.UserError(f"config.model.net.pooling: {self.pooling!r}; use {' or '.join(POOLINGS)}")
 
@@ -57,8 +59,8 @@ class Classifier(nn.Module):
 class LinearProbe(nn.Module):
     """Classes from features that are not trained.
 
-    `norm_scale` and `norm_bias` are a BatchNorm without affine parameters, its statistics folded into two vectors:
-    no gradient reaches them.
+    `norm_scale` and `norm_bias` are a BatchNorm without affine parameters, its statistics folded into two vectors: no
+    gradient reaches them, and as `parameters.STATISTICS` no weight decay does.
     """
 
     num_classes: int
@@ -66,8 +68,9 @@ class LinearProbe(nn.Module):
     @nn.compact
     def __call__(self, features):
         """`features` float32 [B,D] -> logits float32 [B,C]."""
-        scale = self.param("norm_scale", nn.initializers.ones, (features.shape[-1],))
-        bias = self.param("norm_bias", nn.initializers.zeros, (features.shape[-1],))
+        scale_name, bias_name = parameters.STATISTICS
+        scale = self.param(scale_name, nn.initializers.ones, (features.shape[-1],))
+        bias = self.param(bias_name, nn.initializers.zeros, (features.shape[-1],))
         features = features * jax.lax.stop_gradient(scale)[None] + jax.lax.stop_gradient(bias)[None]
         kernel_init = nn.initializers.truncated_normal(PROBE_STD)
         return nn.Dense(self.num_classes, kernel_init=kernel_init, name="dense_out")(features)

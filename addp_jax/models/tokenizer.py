@@ -56,22 +56,33 @@ OUTPUTS = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, 
 WINOGRAD_ROWS, WINOGRAD_CHANNELS = 32, 64  # of smaller images and kernels it is not faster
 
 
-def fast_convolve(image, kernel, *args, **kwargs):
+def fast_convolve(image, kernel, window_strides, padding, **kwargs):
     """`lax.conv_general_dilated`, with half the products where a CPU runs a large 3x3 convolution in float32.
 
-    For a stride of 1 and zeros around the image. The result is off by 2e-5 of its standard deviation; none of 2048
-    encoded tokens flipped, where bfloat16 flips one in thirty.
+    Only of a stride of 1, zeros around the image, no dilation, no groups and the default precision; whatever else is
+    asked for is done as asked. The result is off by 2e-5 of its standard deviation; none of 2048 encoded tokens
+    flipped, where bfloat16 flips one in thirty.
     """
 
     def direct(image, kernel):
-        return jax.lax.conv_general_dilated(image, kernel, *args, **kwargs)
+        return jax.lax.conv_general_dilated(image, kernel, window_strides, padding, **kwargs)
 
     large = image.shape[1] >= WINOGRAD_ROWS and min(kernel.shape[2:]) >= WINOGRAD_CHANNELS
-    # No stride, dilation, grouping or precision of its own; the dimension numbers are those of nn.Conv.
-    plain = args == ((1, 1), "SAME") and all(v in ((1, 1), 1, None) for name, v in kwargs.items() if name != "dimension_numbers")
-    if not plain or kernel.shape[:2] != (3, 3) or image.shape[1] % 4 or not large or image.dtype != jnp.float32:
+    floats = image.dtype == kernel.dtype == jnp.float32
+    fits = kernel.shape[:2] == (3, 3) and image.shape[1] % 4 == 0 and large and floats
+    if not (fits and _ordinary(image, kernel, window_strides, padding, **kwargs)):
         return direct(image, kernel)
     return jax.lax.platform_dependent(image, kernel, cpu=winograd, default=direct)
+
+
+def _ordinary(image, kernel, window_strides, padding, *, dimension_numbers=None, lhs_dilation=None, rhs_dilation=None, **others):
+    """Whether these arguments of `lax.conv_general_dilated` ask for what `winograd` computes from a 3x3 kernel."""
+    around = padding if isinstance(padding, str) else tuple(map(tuple, padding))
+    ones = all(tuple(steps or (1, 1)) == (1, 1) for steps in (window_strides, lhs_dilation, rhs_dilation))
+    names = jax.lax.conv_dimension_numbers(image.shape, kernel.shape, dimension_numbers)
+    nhwc = names == jax.lax.conv_dimension_numbers(image.shape, kernel.shape, ("NHWC", "HWIO", "NHWC"))
+    defaults = all(value is None or (name.endswith("group_count") and value == 1) for name, value in others.items())
+    return ones and around in ("SAME", ((1, 1), (1, 1))) and nhwc and defaults
 
 
 def winograd(image, kernel):

@@ -98,28 +98,23 @@ def report(batches, num_classes: int):
     """`(scalars, images)` of an evaluation from (logits [B,C], labels [B], valid bool [B]) of its batches.
 
     top1, top5: accuracy over the examples; class_mean, class_worst: over the classes that have examples;
-    class/0, class/1, ...: of each, where there are few. The picture shows those of all classes.
+    class/0, class/1, ...: of each, where there are few. The picture shows those of all classes. All follow the one
+    rule of `metrics.classification`: ties and scores that are not finite are never right.
     """
-    square = num_classes <= writers.SQUARE_CLASSES  # of more classes no picture shows which were taken for which
-    matrix = np.zeros((num_classes, num_classes) if square else 0, np.int64)
-    hits, counts = np.zeros((2, num_classes), np.int64)
+    tally = metrics.Tally(num_classes)
 
     def each():
         for batch in batches:
             logits, labels, valid = partition.whole(batch)
-            tops = {f"top{k}": metrics.in_top(logits, labels, k) for k in (1, 5)}
-            np.add.at(counts, labels[valid], 1)
-            np.add.at(hits, labels[valid & tops["top1"]], 1)
-            if square:
-                decided = valid & (tops["top1"] | (logits.argmax(1) != labels))  # a tie is not taken for the label
-                matrix[:] += metrics.confusion(labels[decided], logits.argmax(1)[decided], num_classes)
-            yield {"loss": metrics.cross_entropy(logits, labels)} | tops, valid
+            tally.add(labels[valid], metrics.decisions(logits)[valid])
+            values = {"loss": metrics.cross_entropy(logits, labels)}
+            yield values | {f"top{k}": metrics.in_top(logits, labels, k) for k in (1, 5)}, valid
 
     scalars = averages.mean_over(each())
     if not scalars:
         return {}, {}
-    of_classes = metrics.class_accuracy(hits, counts)
+    of_classes = tally.accuracy()
     scalars |= {"class_mean": float(np.nanmean(of_classes)), "class_worst": float(np.nanmin(of_classes))}
     if num_classes <= writers.NUMBERED_CLASSES:
         scalars |= {f"class/{n}": float(value) for n, value in enumerate(of_classes) if np.isfinite(value)}
-    return scalars, {"confusion": writers.confusion(of_classes, matrix if square else None)}
+    return scalars, {"confusion": writers.confusion(tally.examples, tally.hits, tally.matrix)}
