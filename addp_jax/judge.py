@@ -65,6 +65,8 @@ def summary(probs: np.ndarray, class_names) -> dict:
     named: fraction of the images whose top class has a probability above 0.8; confidence: mean probability of the
     top class; classes: {name: images with that top class}; entropy: of this histogram, in nats, 0..log C.
     """
+    if not np.isfinite(probs).all():
+        raise errors.UserError("the judge's probabilities are NaN or infinite; train another one")
     top = probs.argmax(1)
     counts = np.bincount(top, minlength=probs.shape[1])
     share = counts[counts > 0] / len(top)

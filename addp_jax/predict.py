@@ -41,7 +41,10 @@ def predict(program, config: Config, workdir: str) -> None:
     source, rows, skipped, identity = over_images(program, config, workdir, "logits")
     names = given or class_names(program, identity, workdir)
     if jax.process_index() == 0:
-        probs = np.asarray(jax.nn.softmax(np.concatenate([logits for logits, _, _ in rows])))
+        logits = np.concatenate([logits for logits, _, _ in rows])
+        if not np.isfinite(logits).all():
+            raise errors.UserError(f"{workdir}: the network's scores are NaN or infinite; it names nothing")
+        probs = np.asarray(jax.nn.softmax(logits))
         order = np.argsort(-probs, axis=1)[:, :TOP]
         readable = np.concatenate([index for _, _, index in rows])
         lines = []

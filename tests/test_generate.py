@@ -191,3 +191,33 @@ def test_killed_twice_and_resumed_a_generation_is_byte_identical_and_two_process
     assert set(two) == set(undisturbed)
     one_device, two_devices = (np.load(tmp_path / folder / "samples.npz")["arr_0"].astype(int) for folder in ("undisturbed", "two"))
     assert np.abs(one_device - two_devices).max() <= 1  # batches of other sizes: float noise now and then crosses a rounding
+
+
+def test_a_folder_of_damaged_images_is_one_line(program, trained, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for n in range(2):
+        Image.fromarray(np.random.default_rng(n).integers(0, 256, (64, 64, 3), np.uint8)).save(images / f"{n}.jpg")
+        data = (images / f"{n}.jpg").read_bytes()
+        (images / f"{n}.jpg").write_bytes(data[: len(data) // 2])  # the header is whole
+    config = generate.Config(images=str(images), mask_ratio=0.5, output=str(tmp_path / "out"), batch_size=8)
+    with pytest.raises(errors.UserError, match="2 of 2 files skipped: .*0.jpg.*1.jpg"):
+        generate.generate(program, config, str(trained / "addp"))
+    assert not (tmp_path / "out" / "grid.png").exists()
+
+
+def test_names_too_long_for_the_disk_are_left_out(program, trained, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (16, 16)).save(images / ("é" * 124 + ".png"))
+    config = generate.Config(images=str(images), mask_ratio=0.5, output=str(tmp_path / "out"), batch_size=8)
+    generate.generate(program, config, str(trained / "addp"))
+    assert [path.name for path in (tmp_path / "out" / "images").iterdir()] == ["000000.png"]
+
+
+def test_another_dtype_does_not_continue_a_folder(program, trained, tmp_path):
+    config = generate.Config(num_images=1, output=str(tmp_path), batch_size=8, strips=0)
+    generate.generate(program, config, str(trained / "addp"))
+    half = dataclasses.replace(program, config=dataclasses.replace(program.config, dtype="bfloat16"))
+    with pytest.raises(errors.UserError, match="dtype float32, now bfloat16"):
+        generate.generate(half, config, str(trained / "addp"))

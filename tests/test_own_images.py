@@ -11,7 +11,7 @@ S = 16
 
 
 def write(folder, **pictures):
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
         Image.fromarray(np.asarray(picture)).save(folder / f"{name}.png")
     return str(folder)
@@ -134,3 +134,37 @@ def test_mistakes_are_one_line_that_names_field_and_file(tmp_path):
     (tmp_path / "text" / "a.png").write_text("text")
     with pytest.raises(errors.UserError, match="none of the 1 files"):
         own_images.OwnImages(str(tmp_path / "text"), S)
+
+
+@pytest.mark.parametrize("mode", ("RGBA", "LA", "P", "PA16"))
+def test_transparent_parts_of_a_mask_are_not_painted(tmp_path, mode):
+    """White paint on the left half of a transparent layer."""
+    alpha = np.zeros((8, 8), np.uint8)
+    alpha[:, :4] = 255
+    picture = Image.fromarray(np.dstack([np.full((8, 8, 3), 255, np.uint8), alpha]))
+    if mode == "P":
+        picture = picture.quantize(4)
+    elif mode == "LA":
+        picture = picture.convert("LA")
+    elif mode == "PA16":
+        picture = Image.fromarray((alpha.astype(np.uint16) * 257))
+    picture.save(tmp_path / "mask.png")
+    white = own_images.read_mask(str(tmp_path / "mask.png"))
+    assert white[:, :4].all() and not white[:, 4:].any()
+
+
+def test_wide_grey_masks_are_scaled_not_clipped(tmp_path):
+    Image.fromarray(np.array([[0, 300, 32000, 33100, 65535]], np.uint16)).save(tmp_path / "mask.png")
+    assert own_images.read_mask(str(tmp_path / "mask.png")).tolist() == [[False, False, False, True, True]]
+
+
+def test_images_of_one_name_have_masks_of_their_own(tmp_path):
+    for name in ("cat", "dog"):
+        write(tmp_path / "pictures" / name, **{"1": ramp(S, S)})
+    write(tmp_path / "masks" / "cat", **{"1": white(S, S, np.s_[:2])})
+    write(tmp_path / "masks" / "dog", **{"1": white(S, S, np.s_[:4])})
+    own = own_images.OwnImages(str(tmp_path / "pictures"), S, str(tmp_path / "masks"))
+    assert [int(own.redrawn(i).sum()) for i in range(2)] == [2 * S, 4 * S]
+    write(tmp_path / "flat", **{"1": white(S, S)})
+    with pytest.raises(errors.UserError, match="could belong to 2 images named '1'"):
+        own_images.OwnImages(str(tmp_path / "pictures"), S, str(tmp_path / "flat"))
