@@ -131,7 +131,8 @@ def training(config: train.Config, program: train.Run, frozen, batch) -> list[Ro
     useful = flops.count(plain.step, state, frozen, batch)
     step = measure("training step", program.step, state, frozen, batch, carried=True)
     step = dataclasses.replace(step, useful_flops=useful)
-    backward = Row("backward", step.seconds - forward.seconds - updated.seconds, step.flops - forward.flops, useful - forward.flops)
+    seconds = step.seconds - forward.seconds - updated.seconds
+    backward = Row("backward", seconds, step.flops - forward.flops, useful - forward.flops)
     return [step, *parts, forward, backward, updated]
 
 
@@ -170,12 +171,14 @@ def peak_flops(device, dtype) -> tuple[float, str]:
 def report(title: str, rows: list[Row], images: int, peak: float) -> None:
     """A table; the first row is the whole."""
     print(f"\n{title}")
-    print(f"{'':34}{'runs':>6}{'seconds':>10}{'GFLOP':>10}{'useful':>10}{'GFLOP/s':>10}{'images/s':>10}{'HFU':>8}{'MFU':>8}{'MiB':>8}")
+    columns = f"{'GFLOP':>10}{'useful':>10}{'GFLOP/s':>10}{'images/s':>10}{'HFU':>8}{'MFU':>8}{'MiB':>8}"
+    print(f"{'':34}{'runs':>6}{'seconds':>10}{columns}")
     for row in rows:
         rate, useful_rate = row.flops / row.seconds, row.useful_flops / row.seconds
         print(
             f"{row.part:34}{row.calls:6}{row.seconds:10.3f}{row.flops / 1e9:10.1f}{row.useful_flops / 1e9:10.1f}"
-            f"{rate / 1e9:10.1f}{images / row.seconds:10.3f}{rate / peak:8.1%}{useful_rate / peak:8.1%}{row.planned_bytes / 2**20:8.0f}",
+            f"{rate / 1e9:10.1f}{images / row.seconds:10.3f}{rate / peak:8.1%}{useful_rate / peak:8.1%}"
+            f"{row.planned_bytes / 2**20:8.0f}",
             flush=True,  # the next table takes its time
         )
 

@@ -110,7 +110,8 @@ def schedule(config: Config, run: Length, batch_size: int) -> optax.Schedule:
     peak = config.base_lr * batch_size / 256
     if config.min_lr > peak:
         raise errors.UserError(
-            f"config.optim.min_lr: {config.min_lr} is above the learning rate {peak:g} (config.optim.base_lr x batch / 256); lower it"
+            f"config.optim.min_lr: {config.min_lr} is above the learning rate {peak:g} "
+            "(config.optim.base_lr x config.batch_size / 256); lower it"
         )
     if run.warmup >= run.total:
         raise errors.UserError(

@@ -267,7 +267,8 @@ def work(found: dict) -> list[str]:
     if best["longest"] != best["bound"]:
         longest = 1000 * best["seconds"][best["longest"]]
         lines.append(
-            f"              longest is {best['longest']}, {longest:.0f} ms, of this {found['level']} program; --level=default says what is left of it"
+            f"              longest is {best['longest']}, {longest:.0f} ms, of this {found['level']} program; "
+            "--level=default says what is left of it"
         )
     if found["donated"]:
         lines.append(

@@ -158,9 +158,9 @@ def grid(images, columns, pad=2):
 
 
 def captioned(rows):
-    """A stack of (caption, image [h,w,3]) pairs, each image below its caption, uint8 [H,W,3]."""
+    """A stack of (caption, image [h,w,3]) pairs, each image below its caption in one line, uint8 [H,W,3]."""
     font = ImageFont.load_default()
-    rows = [(caption, _to_uint8(image)) for caption, image in rows]
+    rows = [(files.printable(caption), _to_uint8(image)) for caption, image in rows]
     width = max([image.shape[1] for _, image in rows] + [math.ceil(font.getlength(c)) + 4 for c, _ in rows])
     canvas = Image.new("RGB", (width, sum(CAPTION_HEIGHT + image.shape[0] for _, image in rows)), "white")
     draw, top = ImageDraw.Draw(canvas), 0

@@ -60,7 +60,7 @@ def run(task: str, **model) -> ConfigDict:
             accumulate=1,  # micro-batches per step
             ema_decay=0.0,  # of the averaged parameters, below 1; 0 = no average
         ),
-        # devices along each axis; one may be -1, the rest; fsdp=-16: up to 16, as many as divide 16 and what data and tensor leave
+        # devices along each axis; one may be -1, the rest; fsdp=-16: as many as divide 16 and what data and tensor leave
         mesh=dict(data=-1, fsdp=1, tensor=1),
         checkpoint=dict(
             every=1000,  # steps

@@ -6,7 +6,8 @@
 #
 #   launch/transfer.sh [ADDP_WORKDIR [OUTPUT]] [--config.FIELD=...]    default: runs/demo/addp runs/transfer
 #
-# Relative paths are relative to the present folder. Trailing flags go to every run. Prints one line per run: its accuracies on 2,000 held-out pictures.
+# Relative paths are relative to the present folder.
+# Trailing flags go to every run. Prints one line per run: its accuracies on 2,000 held-out pictures.
 set -euo pipefail
 encoder=runs/demo/addp output=runs/transfer
 [[ ${1:--} == -* ]] || { encoder=$1; shift; }

@@ -152,6 +152,12 @@ def test_captioned_keeps_each_image_below_its_caption():
     assert (canvas[:top] < 255).any() and (canvas[top + 5 : 2 * top + 5] == 255).all()
 
 
+@pytest.mark.parametrize("caption", ["two\nlines", "a\x1b[2J", "\udcff", "\0", "猫", "tab\there"])
+def test_a_caption_is_one_line_whatever_a_name_holds(caption):
+    canvas = writers.contact_sheet([caption, "b"], np.zeros((2, 5, 40, 3), np.uint8))
+    assert (canvas == 0).all(-1).sum() >= 2 * 5 * 40
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
