@@ -283,19 +283,29 @@ class Log:
         watched = {name: values[name] for name in ("loss", "grad_norm", "param_norm")}
         if not all(map(math.isfinite, watched.values())):
             found = ", ".join(f"{name} {value}" for name, value in watched.items())
-            newest = self.saver.newest()
-            last = "there is no checkpoint yet" if newest is None else f"the last good checkpoint is step {newest}"
-            raise errors.UserError(f"step {step}: {found}; stopped. In {self.workdir} {last}; lower config.optim.base_lr")
+            raise errors.UserError(
+                f"step {step}: {found}; stopped. In {self.workdir} {self.last_checkpoint()}; lower config.optim.base_lr"
+            )
         self.window.append(values)
         self.progress.update(step, f"loss {values['loss']:.4f}")
         if step % self.every == 0:
             mean = {name: sum(entry[name] for entry in self.window) / len(self.window) for name in values}
-            self.writer.scalars(step, {f"train/{name}": value for name, value in mean.items()})
+            self.write(self.writer.scalars, step, {f"train/{name}": value for name, value in mean.items()})
             self.window = []
 
     def results(self, step: int, scalars: dict, images: dict) -> None:
-        self.writer.scalars(step, {f"eval/{name}": value for name, value in scalars.items()})
-        self.writer.images(step, images)
+        self.write(self.writer.scalars, step, {f"eval/{name}": value for name, value in scalars.items()})
+        self.write(self.writer.images, step, images)
+
+    def write(self, method, step: int, values: dict) -> None:
+        try:
+            method(step, values)
+        except errors.UserError as error:
+            raise errors.UserError(f"{error}; {self.last_checkpoint()}") from error
+
+    def last_checkpoint(self) -> str:
+        newest = self.saver.newest()
+        return "there is no checkpoint yet" if newest is None else f"the last good checkpoint is step {newest}"
 
     def __enter__(self) -> Log:
         return self
