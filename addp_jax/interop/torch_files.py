@@ -35,7 +35,7 @@ REBUILD, PARAMETER, SUBCLASS = "torch._utils._rebuild_tensor", "torch._utils._re
 class Record:
     """Bytes of the file, compared with their CRC-32 when they are first taken."""
 
-    def __init__(self, where: str, data: mmap.mmap, start: int, size: int, crc: int | None = None):
+    def __init__(self, where: tuple[str, str], data: mmap.mmap, start: int, size: int, crc: int | None = None):
         """where: file and name of the record for messages; crc: None where the format has none."""
         self.where, self.data, self.start, self.size, self.crc = where, data, start, size, crc
 
