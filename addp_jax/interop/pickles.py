@@ -10,6 +10,7 @@ other keys is dropped, because hashing a nested key can take for ever.
 from __future__ import annotations
 
 import pickletools
+import warnings
 from typing import IO
 
 from addp_jax import files
@@ -145,6 +146,12 @@ def load(file: IO[bytes]) -> tuple[object, list[Made]]:
     file: in memory or memory-mapped, so that no more is read than there is. Raises ValueError for what is no pickle.
     """
     machine = Machine()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Python about escapes in damaged texts
+        return run_to_the_end(machine, file)
+
+
+def run_to_the_end(machine: Machine, file: IO[bytes]) -> tuple[object, list[Made]]:
     try:
         for count, (opcode, arg, _) in enumerate(pickletools.genops(file)):
             if count == OPERATIONS:
