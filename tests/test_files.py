@@ -68,7 +68,7 @@ HOSTILE = {
     "header_beyond_file.safetensors": (raw_safetensors({}, length=10**6), "invalid header length"),
     "large_claim.safetensors": (raw_safetensors({"a": f32(0, 8, (2**40,))}, bytes(8)), "invalid shape"),
     "cut.safetensors": (lambda path: path.write_bytes(safetensors_numpy.save(tensors())[:-100]), "not fully covered"),
-    "empty.safetensors": (lambda path: path.write_bytes(b""), "header too small"),
+    "empty.safetensors": (lambda path: path.write_bytes(b""), "is empty: copy or download it again"),
     "weights.txt": (lambda path: path.write_text("hello"), ".txt is no weight file"),
     "folder.safetensors": (lambda path: path.mkdir(), "no checkpoint in"),
     "nan.safetensors": (changed(bias=lambda array: array * np.nan), f"{BIAS} holds values that are NaN or infinite"),
@@ -150,15 +150,16 @@ def expanded(_):
 
 
 HOSTILE_TORCH = {
-    "runs_code.pth": (save(lambda path: {"model": torch_state(), "x": Command(path)}), "asks for posix.mkdir"),
-    "runs_code_plainly.pt": (lambda path: path.write_bytes(pickle.dumps(Command(path), protocol=2)), "asks for posix.mkdir, and only tensors"),
-    "other_type.pth": (save(lambda _: {"model": torch_state(), "x": pathlib.PurePosixPath("x")}), "asks for pathlib.PurePosixPath"),
+    "runs_code.pth": (save(lambda path: {"model": torch_state() | {"x": Command(path)}}), "x is a posix.mkdir, not a tensor"),
+    "is_code.pth": (save(lambda path: Command(path)), "holds an object of posix.mkdir, not a dict of tensors"),
+    "runs_code_plainly.pt": (lambda path: path.write_bytes(pickle.dumps(Command(path), protocol=2)), "is a pickle, but none of PyTorch's"),
+    "other_type.pth": (save(lambda _: torch_state() | {"x": pathlib.PurePosixPath("x")}), "x is a pathlib.PurePosixPath, not a tensor"),
     "cut.ckpt": (lambda path: (save(lambda _: torch_state())(path), cut(path)), "is damaged or cut short: File is not a zip file"),
     "cut_old.pth": (
         lambda path: (save(lambda _: torch_state(), _use_new_zipfile_serialization=False)(path), cut(path)),
         "is damaged or cut short",
     ),
-    "empty.pth": (lambda path: path.write_bytes(b""), "it is empty, or begins with other bytes"),
+    "empty.pth": (lambda path: path.write_bytes(b""), "is empty: copy or download it again"),
     "picture.pth": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" * 9), "begins with other bytes"),
     "bomb.pth": (lambda path: rezipped(compressed)(path), "it is a compressed zip"),
     "overlap.pth": (lambda path: rezipped(overlapping)(path), "the entries of its zip overlap"),

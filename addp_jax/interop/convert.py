@@ -16,11 +16,14 @@ def import_weights(paths: list[str], workdir: str) -> None:
     """Write the networks of weight files as a checkpoint in `workdir`.
 
     Of a network that is in several files, the first counts. Nothing is written before all of them are checked.
+    The run's identity is the files' names and the content hash of each network.
     """
     require(weights=paths, workdir=workdir)
     checkpoint.require_no_checkpoints(workdir)
     networks = collect({}, paths)
-    checkpoint.save_params(workdir, networks, {"imported": [os.path.abspath(path) for path in paths]})
+    hashes = {name: parameters.content_hash(params) for name, params in networks.items()}
+    identity = {"imported": [os.path.basename(os.path.normpath(path)) for path in paths], "networks": hashes}
+    checkpoint.save_params(workdir, networks, identity)
     print(f"{workdir}: wrote {', '.join(networks)}")
 
 

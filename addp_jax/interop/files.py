@@ -1,31 +1,54 @@
 """Weight files: read without trusting them, written whole or not at all.
 
-What a file holds is untrusted: a `.pth` is unpickled by PyTorch's restricted unpickler, which runs no code, with
-`argparse.Namespace` (the released files hold one) as the only additional type. Nothing is read into memory that is not
-in the file, so that a small file cannot become a large array.
+What a file holds is untrusted: no code of it runs (`pickles`), and nothing is read into memory that is not in the file,
+so that a small file cannot become a large array: its tensors together are at most `SHARING` times as long as the file.
+Whatever is wrong with a file is one line that names it and leads on. Names that come out of a file are made printable
+and cut when they are read.
+
+The tensors stand at the top, or in the dict under the first of `WRAPPERS` that is there, again and again; what stands
+beside it is not read. Averaged tensors (`AVERAGED`, `model_ema.`) are read where there are no raw ones; otherwise one line says
+that they are there.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
 import os
 import re
 import shutil
-import zipfile
+import struct
+from collections.abc import Callable, Iterable
+from typing import IO
 
-import msgpack
 import numpy as np
 import safetensors
-from flax import serialization, traverse_util
-from safetensors import numpy as safetensors_numpy
+from flax import serialization
 
-from addp_jax import errors
+from addp_jax import errors, files
+from addp_jax.interop import pickles, torch_files
 
-TORCH = (".pth", ".pt", ".ckpt")
+TORCH = (".pth", ".pt", ".ckpt", ".bin")
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 SAFETENSORS_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-WRAPPERS = ("model", "state_dict", "params")  # keys under which the releases keep the tensors
-ZIP, PICKLE = b"PK\x03\x04", b"\x80\x02"  # how PyTorch's files begin, the newer and the older ones
+SAFETENSORS_TYPES = {name: short for short, name in SAFETENSORS_FLOATS.items()} | {"int64": "I64"}
+WRAPPERS = ("model", "state_dict", "model_state_dict", "params", "module")  # keys under which the tensors are kept
+AVERAGED = ("model_ema", "ema", "state_dict_ema", "ema_state_dict", "model_ema_state_dict", "params_ema", "ema_model")
+AVERAGED_NAMES = ("model_ema.", "n_averaged")  # beginnings of names beside raw tensors
+DEPTH = 8  # dicts around the tensors
+SHARING = 4  # several names may share bytes, as frozen networks do
+NAME_LENGTH = 80  # characters of a name that are kept, more than any layout has
+OTHER_KINDS = (  # how other files begin, and what to do with them
+    (rb"version https://git-lfs", "a Git LFS pointer, not the weights: run git lfs pull in its folder"),
+    (rb"\s*<(!doctype|html|head|\?xml)", "a web page, not the weights: download the file itself"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd", "a compressed archive: unpack it and give the weight file in it"),
+    (rb"(?s).{257}ustar", "a tar archive: unpack it and give the weight file in it"),
+    (rb"\x89HDF", "an HDF5 file (Keras): save its tensors as .safetensors under the names of a layout"),
+    (rb"\x93NUMPY", "a NumPy array, not named tensors: save them as .safetensors"),
+    (rb"model_checkpoint_path:", "of a TensorFlow checkpoint: save its tensors as .safetensors under the names of a layout"),
+    (rb"\s*[{\[]\s*[\"\]}]", "a JSON text, not the weights: of a checkpoint in several parts, join these into one .safetensors file"),
+)
+TENSORFLOW = re.compile(r"\.(index|meta|data-\d+-of-\d+)$")
+SAFETENSORS_START = re.compile(rb"(?s).{6}\0\0\{")
 
 
 class Stored:
@@ -37,14 +60,19 @@ class Stored:
 
     def __init__(self, where: str, shape, dtype: str, read):
         """where: file and name for messages; read: () -> array."""
-        self.where, self.shape, self.dtype, self.read = where, tuple(shape), dtype, read
+        self.where, self.shape, self.dtype, self.read = where, tuple(shape), files.printable(dtype, NAME_LENGTH), read
         self.on_read = lambda: None
 
     def __array__(self, dtype=None, copy=None):
         if self.dtype not in FLOATS:
             raise errors.UserError(f"{self.where} is {self.dtype}; weights are {', '.join(FLOATS)}")
-        with np.errstate(over="ignore"):  # what overflows is refused below
-            array = np.array(self.read(), np.float32)  # a copy: the file may change while its values are in use
+        try:
+            with np.errstate(over="ignore"):  # what overflows is refused below
+                array = np.array(self.read(), np.float32)  # a copy: the file may change while its values are in use
+        except errors.UserError:
+            raise
+        except Exception as error:  # the file was changed, or its disk fails
+            raise errors.UserError(f"{self.where} cannot be read: {files.reason(error)}") from error
         if not np.isfinite(array).all():
             raise errors.UserError(f"{self.where} holds values that are NaN or infinite")
         self.on_read()
@@ -54,104 +82,150 @@ class Stored:
 def read(path: str) -> dict[str, Stored]:
     """The tensors of a weight file, by name.
 
-    `.safetensors`; `.pth`, `.pt` and `.ckpt` (needs PyTorch); `.msgpack` or no extension (flax; names joined by slashes).
+    `.safetensors`; `.pth`, `.pt`, `.ckpt` and `.bin` (PyTorch); `.msgpack` or no extension (flax; names joined by slashes).
     Raises UserError naming the file when it cannot be read, is damaged, or holds anything but tensors.
     """
     extension = os.path.splitext(path)[1].lower()
+    refuse_other_kinds(path, extension)
     if extension == ".safetensors":
         return read_safetensors(path)
     if extension in TORCH:
-        return tensors_of(path, *read_torch(path))
+        return read_torch(path)
     if extension in (".msgpack", ""):
-        return tensors_of(path, read_msgpack(path), np.ndarray)
-    raise errors.UserError(f"{path}: {extension} is no weight file; use .safetensors, {', '.join(TORCH)} or flax's .msgpack")
+        return read_msgpack(path)
+    known = f"use .safetensors, {', '.join(TORCH)} or flax's .msgpack"
+    raise errors.UserError(f"{path}: {files.printable(extension, NAME_LENGTH)} is no weight file; {known}")
+
+
+def refuse_other_kinds(path: str, extension: str) -> None:
+    """Raises UserError if the first bytes are those of another kind of file than `extension` says."""
+    try:
+        with files.open_regular(path) as file:
+            start = file.read(512)
+    except (OSError, ValueError) as error:
+        raise errors.UserError(f"{path} cannot be read: {files.reason(error)}") from error
+    if not start:
+        raise errors.UserError(f"{path} is empty: copy or download it again")
+    if TENSORFLOW.search(path.lower()):
+        raise errors.UserError(f"{path} is {OTHER_KINDS[-2][1]}")
+    for pattern, what in OTHER_KINDS:
+        if re.match(pattern, start, re.IGNORECASE):
+            raise errors.UserError(f"{path} is {what}")
+    torch = start.startswith(torch_files.ZIP) or torch_files.PICKLE.match(start)
+    if torch and extension not in TORCH:
+        raise errors.UserError(f"{path} is a file of PyTorch's by its content: give it a name that ends in .pth")
+    if SAFETENSORS_START.match(start) and extension != ".safetensors":
+        raise errors.UserError(f"{path} is a safetensors file by its content: give it a name that ends in .safetensors")
+
+
+def printable(name) -> str:
+    """A name out of a file, in one line and at most `NAME_LENGTH` characters."""
+    return files.printable(str(name), NAME_LENGTH)
 
 
 def read_safetensors(path: str) -> dict[str, Stored]:
     try:
         file = safetensors.safe_open(path, "numpy")
-    except (OSError, safetensors.SafetensorError) as error:
-        reason = str(error).removeprefix("Error while deserializing header: ")
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        found = {}
+        for name, tensor in slices.items():
+            dtype = SAFETENSORS_FLOATS.get(tensor.get_dtype(), tensor.get_dtype())
+            found[name] = Stored(f"{path}: {printable(name)}", tensor.get_shape(), dtype, lambda name=name: file.get_tensor(name))
+    except Exception as error:  # the library has several kinds, and panics
+        reason = files.reason(error).removeprefix("Error while deserializing header: ")
         raise errors.UserError(f"{path} is not a whole safetensors file: {reason}") from error
-    slices = {name: file.get_slice(name) for name in file.keys()}
-    return {
-        name: Stored(
-            f"{path}: {name}",
-            tensor.get_shape(),
-            SAFETENSORS_FLOATS.get(tensor.get_dtype(), tensor.get_dtype()),
-            lambda name=name: file.get_tensor(name),
-        )
-        for name, tensor in slices.items()
-    }
+    return {printable(name): tensor for name, tensor in raw_only(path, found).items()}
 
 
-def read_torch(path: str):
-    """`(object, tensor type)` of a PyTorch file, its tensors memory-mapped where the format allows."""
-    torch = import_torch(path)
+def read_torch(path: str) -> dict[str, Stored]:
+    file = torch_files.File(path)
+    found, total = {}, 0
+    for key, value in tensors_of(path, file.tree).items():
+        where = f"{path}: {printable(key)}"
+        try:
+            tensor = file.tensor(value)
+        except Exception as error:  # arguments of any kind
+            why = files.reason(error) if isinstance(error, ValueError) else "arguments that make no tensor"
+            raise errors.UserError(f"{where} is not stored whole: {why}") from error
+        if tensor is None:
+            raise not_a_tensor(where, value)
+        total += tensor.nbytes
+        found[printable(key)] = Stored(where, tensor.shape, tensor.dtype, tensor.read)
+    if total > SHARING * file.size:
+        raise errors.UserError(f"{path} is refused: its tensors are {total / 1e6:.0f} MB, the file {file.size / 1e6:.0f} MB")
+    return found
+
+
+def read_msgpack(path: str) -> dict[str, Stored]:
+    """Of a file of `flax.serialization`."""
     try:
-        with open(path, "rb") as file:
-            start = file.read(len(ZIP))
-        if not start.startswith((ZIP, PICKLE)):
-            raise errors.UserError(f"{path} is not a PyTorch file: it is empty, or begins with other bytes")
-        if start == ZIP:
-            check_zip(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=start == ZIP), torch.Tensor
-    except errors.UserError:
-        raise
-    except Exception as error:  # a hostile pickle can make the unpickler raise anything
-        raise errors.UserError(f"{path} {torch_problem(error)}") from error
+        tree = serialization.msgpack_restore(files.read_bytes(path))
+    except Exception as error:  # numpy and msgpack raise whatever a hostile file makes them
+        raise errors.UserError(f"{path} is not a whole flax msgpack file: {files.reason(error)}") from error
+    found, left = {}, [("", tensors_of(path, tree))]
+    while left:  # no recursion: a file can nest deeply
+        prefix, branch = left.pop()
+        for key, value in branch.items():
+            name = printable(f"{prefix}{key}")
+            if isinstance(value, dict):
+                left.append((f"{name}/", value))
+            elif isinstance(value, np.ndarray):
+                found[name] = Stored(f"{path}: {name}", value.shape, str(value.dtype), lambda value=value: value)
+            else:
+                raise not_a_tensor(f"{path}: {name}", value)
+    return found
 
 
-def torch_problem(error: Exception) -> str:
-    """One clause for what PyTorch says at length."""
-    unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if unsafe:
-        return f"is refused: its pickle asks for {unsafe[1]}, and only tensors and argparse.Namespace are read"
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
-    return f"is damaged or cut short: {reason[:120]}"
+def not_a_tensor(where: str, value) -> errors.UserError:
+    kind = value.name if isinstance(value, pickles.Made) else type(value).__name__
+    return errors.UserError(f"{where} is a {printable(kind)}, not a tensor")
 
 
-def check_zip(path: str) -> None:
-    """Raises UserError unless the archive is as PyTorch writes it: uncompressed, no bytes used twice."""
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise errors.UserError(f"{path} is refused: it is a compressed zip, and PyTorch writes uncompressed ones")
-    if sum(entry.file_size for entry in entries) > os.path.getsize(path):
-        raise errors.UserError(f"{path} is refused: the entries of its zip overlap")
-
-
-def read_msgpack(path: str):
-    """The tree in a file of `flax.serialization`."""
-    try:
-        with open(path, "rb") as file:
-            return serialization.msgpack_restore(file.read())
-    except (OSError, msgpack.UnpackException, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise errors.UserError(f"{path} is not a whole flax msgpack file: {reason[:120]}") from error
-
-
-def tensors_of(path: str, tree, kind: type) -> dict[str, Stored]:
-    """The tensors of a loaded `tree`, without the dict that the releases put around them and what else is in there."""
-    inner = [tree[key] for key in WRAPPERS if isinstance(tree, dict) and isinstance(tree.get(key), dict)]
-    tree = inner[0] if inner else tree
+def tensors_of(path: str, tree) -> dict:
+    """The dict of tensors in what a file holds."""
+    for _ in range(DEPTH):
+        inside = lambda keys: [key for key in keys if isinstance(tree, dict) and isinstance(tree.get(key), dict)]
+        raw, averaged = inside(WRAPPERS), inside(AVERAGED)
+        if raw and averaged:
+            tell_averaged(path, averaged[0])
+        if not raw + averaged:
+            break
+        tree = tree[(raw + averaged)[0]]
+    if isinstance(tree, pickles.Made):
+        advice = "save its state_dict() by torch.save"
+        raise errors.UserError(f"{path} holds an object of {printable(tree.name)}, not a dict of tensors: {advice}")
     if not isinstance(tree, dict) or not tree:
         raise errors.UserError(f"{path} holds no dict of tensors")
-    flat = traverse_util.flatten_dict(tree, sep="/") if kind is np.ndarray else tree
-    return {str(name): stored(f"{path}: {name}", value, kind) for name, value in flat.items()}
+    return raw_only(path, tree)
 
 
-def stored(where: str, value, kind: type) -> Stored:
-    if not isinstance(value, kind):
-        raise errors.UserError(f"{where} is a {type(value).__name__}, not a tensor")
-    dtype = str(value.dtype).removeprefix("torch.")
-    if kind is np.ndarray:
-        return Stored(where, value.shape, dtype, lambda: value)
-    plain = str(value.layout) == "torch.strided" and value.device.type == "cpu" and not value.is_quantized
-    if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise errors.UserError(f"{where} is not stored whole (a sparse, quantised, expanded or empty tensor)")
-    return Stored(where, value.shape, dtype, lambda: value.detach().float().numpy())
+def raw_only(path: str, tensors: dict) -> dict:
+    """Without averaged tensors that stand beside raw ones, and without the count of `torch.optim.swa_utils`."""
+    averaged = [name for name in tensors if str(name).startswith(AVERAGED_NAMES)]
+    if not averaged or len(averaged) == len(tensors):
+        return tensors
+    if any(name != "n_averaged" for name in averaged):
+        tell_averaged(path, averaged[0])
+    return {name: tensor for name, tensor in tensors.items() if name not in averaged}
+
+
+def tell_averaged(path: str, name: str) -> None:
+    print(f"{path}: holds averaged tensors as well ({printable(name)}); the raw ones are read. Save the averaged alone to read them")
+
+
+def without_prefix(tensors: dict, known: Callable[[Iterable[str]], bool]) -> dict:
+    """`tensors` without the prefix (`module.`, `_orig_mod.`, `model.`...) that all names share, if only then they are `known`.
+
+    known: whether names are those of a network that is looked for. Returns `tensors` as they are if no prefix helps.
+    """
+    found = tensors
+    while not known(found):
+        prefixes = {match[0] if (match := re.match(r"[^./]*[./]", name)) else "" for name in found}
+        if len(prefixes) != 1 or "" in prefixes:
+            return tensors
+        (prefix,) = prefixes
+        found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    return found
 
 
 def check_output(path: str, force: bool) -> None:
@@ -175,33 +249,41 @@ def write(path: str, tensors: dict[str, np.ndarray], wrapper: str) -> None:
     size, free = sum(array.nbytes for array in tensors.values()), shutil.disk_usage(os.path.dirname(path) or ".").free
     if size > free:
         raise errors.UserError(f"{path} needs {size / 1e6:.0f} MB, and its disk has {free / 1e6:.0f} MB left")
-    temporary = f"{path}.{os.getpid()}.tmp"
     try:
         if path.lower().endswith(".safetensors"):
-            safetensors_numpy.save_file(tensors, temporary)
+            files.replace(path, lambda file: write_safetensors(file, tensors))
         else:
-            write_torch(temporary, tensors, wrapper)
-        os.umask(umask := os.umask(0))
-        os.chmod(temporary, 0o666 & ~umask)  # safetensors makes files that only their owner can read
-        os.replace(temporary, path)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        raise errors.UserError(f"cannot write {path}: {str(error).splitlines()[0]}; is the disk full?") from error
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+            files.replace(path, lambda file: write_torch(file, tensors, wrapper))
+    except (OSError, RuntimeError) as error:
+        raise errors.UserError(f"cannot write {path}: {files.reason(error)}; is the disk full?") from error
 
 
-def write_torch(path: str, tensors: dict[str, np.ndarray], wrapper: str) -> None:
+def write_safetensors(file: IO[bytes], tensors: dict[str, np.ndarray]) -> None:
+    """Array by array, so that no copy of all is in memory; the widest elements first, so that each array is aligned."""
+    header, end = {}, 0
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        dtype, shape = SAFETENSORS_TYPES[str(tensors[name].dtype)], list(tensors[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for name in names:
+        file.write(tensors[name].reshape(-1).view(np.uint8))
+
+
+def write_torch(file: IO[bytes], tensors: dict[str, np.ndarray], wrapper: str) -> None:
     """An array under several names is stored once."""
-    torch = import_torch(path)
+    torch = import_torch(file.name)
     shared = {id(array): torch.from_numpy(array) for array in tensors.values()}
     state = {name: shared[id(array)] for name, array in tensors.items()}
-    torch.save({wrapper: state} if wrapper else state, path)
+    torch.save({wrapper: state} if wrapper else state, file)
 
 
 def import_torch(path: str):
     try:
         import torch
     except ImportError as error:
-        raise errors.UserError(f"{path} needs PyTorch: pip install torch; a .safetensors file does not") from error
+        raise errors.UserError(f"{path} needs PyTorch to be written: pip install torch; a .safetensors file does not") from error
     return torch

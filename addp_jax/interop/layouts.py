@@ -2,7 +2,8 @@
 
 A layout puts networks under prefixes. Each network has its exact names and shapes, found out from the file's own
 tensors; beside them only the dead names may be there, which no forward pass reads. They are passed over when reading, and
-written as zeros (`token_emb.position_ids`: 0, 1, 2...), because the official code asks for them.
+written as zeros (`token_emb.position_ids`: 0, 1, 2...), because the official code asks for them. A prefix that all names of a
+file share (`module.`, `_orig_mod.`, `model.`) is taken off, again and again, if only then its layout is known.
 
     addp     ADDP: pixel_to_token at the root, vqgan.*, token_predictor.*, and token_predictor.vqgan.* which is vqgan.* again
     mage     MAGE: token_predictor at the root, and vqgan.*
@@ -28,6 +29,7 @@ import jax
 import numpy as np
 
 from addp_jax import errors, parameters, writers
+from addp_jax.files import printable
 from addp_jax.interop import files, maskgit, pytorch
 from addp_jax.models import heads, layers, pixel_to_token, token_predictor, tokenizer, vit
 
@@ -135,7 +137,8 @@ def read(path: str, wanted=None) -> dict[str, dict]:
 
     Raises UserError naming the file and what differs when names or shapes are not exactly those of a layout.
     """
-    tensors = files.read(path)
+    known = lambda names: any(layout.signature in names for layout in READABLE.values())
+    tensors = files.without_prefix(files.read(path), known)
     layout = recognise(path, tensors)
     parts = {prefix: live for prefix, live in split(layout, tensors).items() if live or not prefix}
     networks = {prefix: layout.parts[prefix] for prefix in parts}
@@ -194,14 +197,14 @@ def check(where: str, network: Network, tensors: dict) -> list[pytorch.Rule]:
             raise ValueError
     except KeyError as error:
         raise errors.UserError(f"{where} is no {network.name}: {error.args[0]} is missing") from error
-    except (ValueError, IndexError, ZeroDivisionError) as error:
+    except Exception as error:  # sizes that no network has fail wherever it meets them
         raise errors.UserError(f"{where} is no {network.name}: the shapes of its tensors contradict each other") from error
     rules = network.rules(config)
     zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), expected)
     wanted = dict(pytorch.each_to_torch(zeros, rules))
-    lines = parameters.differences(tensors, wanted, lambda array: list(array.shape))
+    lines = parameters.differences(tensors, wanted, lambda array: printable(str(list(array.shape)), 60))
     if lines:
-        raise errors.UserError(f"{where} does not fit a {network.name}: {parameters.shortened(lines, 6)}")
+        raise errors.UserError(f"{where} does not fit a {network.name}: {printable(parameters.shortened(lines, 6), 400)}")
     return rules
 
 

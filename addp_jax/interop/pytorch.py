@@ -16,6 +16,8 @@ import numpy as np
 from addp_jax import errors
 from addp_jax.models import tokenizer
 
+LEVELS, BLOCKS = 16, 128  # of a tokenizer, at most: more only a damaged or hostile file has, and building them takes for ever
+
 
 class Transform(NamedTuple):
     """`to_jax`: one torch array -> tuple of ours; `to_torch`: the inverse."""
@@ -165,7 +167,12 @@ def shortcuts(config: tokenizer.Config, level: int) -> tuple[bool, bool]:
 
 
 def tokenizer_config(channels: int, widths, num_res_blocks: int, codebook) -> tokenizer.Config:
-    """The Config that parameter names and shapes depend on; `widths` per level, `codebook` (K,Z)."""
+    """The Config that parameter names and shapes depend on; `widths` per level, `codebook` (K,Z).
+
+    Raises ValueError if there are more than `LEVELS` levels or `BLOCKS` blocks.
+    """
+    if len(widths) > LEVELS or len(widths) * num_res_blocks > BLOCKS:
+        raise ValueError(f"{len(widths)} levels of {num_res_blocks} blocks")
     multipliers = tuple(width // channels for width in widths)
     sizes = dict(image_size=2 ** (len(multipliers) - 1), num_groups=1)  # no parameter depends on these
     return tokenizer.Config(
@@ -255,9 +262,10 @@ def layer_names(template: str, tensors) -> list[str]:
     """The names a template stands for; `{i}` runs from 0 to the highest layer of the stack that has any tensor."""
     if "{i}" not in template:
         return [template]
-    pattern = re.compile(re.escape(template.split("{i}")[0]) + r"(\d+)\.")
+    pattern = re.compile(re.escape(template.split("{i}")[0]) + r"(\d{1,9})\.")
     layers = [int(match[1]) for match in map(pattern.match, tensors) if match]
-    return [template.replace("{i}", str(i)) for i in range(max(layers, default=-1) + 1)]
+    count = min(max(layers, default=-1) + 1, len(tensors) + 1)  # a higher number leaves a gap among these
+    return [template.replace("{i}", str(i)) for i in range(count)]
 
 
 def get_path(params: dict, path: str):
