@@ -10,7 +10,7 @@ import programs
 import pytest
 from PIL import Image
 
-from addp_jax import checkpoint, errors, evaluate, generate, program, schema, train
+from addp_jax import checkpoint, errors, evaluate, generate, lock, program, schema, train
 
 
 @pytest.fixture(scope="module")
@@ -185,3 +185,11 @@ def test_a_disk_too_small_for_a_checkpoint_is_told_at_once(classifier, tmp_path,
 def test_other_modes_do_not_need_the_batch_of_training():
     three = program.create(programs.config("vitl", batch_size=4096), program.partition.make_mesh(program.partition.Config(), jax.devices()[:3]))
     assert three.mesh.size == 3 and schema.identity(three.task.config)
+
+
+def test_a_second_run_in_a_work_directory_is_refused_and_the_first_goes_on(classifier, tmp_path):
+    with lock.hold(tmp_path / "run"):
+        with pytest.raises(errors.UserError, match="a run is at work here"):
+            train.train(folder_config(classifier / "data"), str(tmp_path / "run"))
+    assert not list((tmp_path / "run").glob("checkpoints/[0-9]*"))
+    train.train(folder_config(classifier / "data"), str(tmp_path / "run"))
