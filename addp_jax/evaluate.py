@@ -98,7 +98,7 @@ def distances(program, params, frozen) -> tuple[dict, dict]:
     if reconstructs(program.task):
         values, prefix = {"frechet": values["frechet"]}, "r"
     count = len(real.features)
-    named = feature_sets.named(values, net.name, count)
+    named = feature_sets.named(values, net.name, count, published=False)  # published figures are of bilinear real images
     return {prefix + name: value for name, value in named.items()}, {
         "protocol": f"{count} of {total(source)} images of the evaluation split, bicubic, and as many of the model's",
         "seed": config.seed,

@@ -59,3 +59,8 @@ def test_a_small_sample_shows_in_the_name(count, name):
 def test_one_image_has_no_gaussian():
     with pytest.raises(ValueError, match="1 rows"):
         feature_sets.compare(gathered(features(1, 0), 1), gathered(features(9, 1), 9))
+
+
+def test_only_figures_of_the_published_protocol_have_the_bare_name():
+    assert feature_sets.named({"frechet": 1.0}, "inception", 50_000) == {"fid": 1.0}
+    assert feature_sets.named({"frechet": 1.0}, "inception", 50_000, published=False) == {"fid_50k": 1.0}

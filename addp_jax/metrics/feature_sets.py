@@ -80,12 +80,13 @@ def compare(real: FeatureSet, samples: FeatureSet, seed: int | None = generation
     return values
 
 
-def named(values: Mapping[str, float], network: str, count: int) -> dict[str, float]:
+def named(values: Mapping[str, float], network: str, count: int, published: bool = True) -> dict[str, float]:
     """`values` of `compare` under the names that say what they may be compared with.
 
-    Inception's are called fid, sfid, is, kid; below 50,000 samples all names end in their number: fid_2k, fid_64.
+    Inception's are called fid, sfid, is, kid. All names end in the number of samples, fid_2k or fid_64, but of 50,000 whose
+    real images are prepared as those of `published` figures are.
     """
     names = INCEPTION_NAMES if network == "inception" else {}
     thousands, rest = divmod(count, 1000)
-    suffix = "" if count == FULL_SIZE else f"_{count}" if rest else f"_{thousands}k"
+    suffix = "" if published and count == FULL_SIZE else f"_{count}" if rest else f"_{thousands}k"
     return {names.get(name, name) + suffix: value for name, value in values.items()}
