@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,11 @@ def generate(program, config: Config, workdir: str) -> None:
     output = config.output or os.path.join(workdir, "generated")
     files.require_writable(output, "config.generate.output")
     start = make_starts(program, config)
+    needed, free = 3 * len(start) * program.task.image_size**2, shutil.disk_usage(output).free
+    if needed > free:
+        raise errors.UserError(
+            f"config.generate.output: samples.npz takes {needed / 1e6:.0f} MB, and the disk of {output} has {free / 1e6:.0f} MB left"
+        )
     with jax.set_mesh(program.mesh), contextlib.ExitStack() as stack:
         params, frozen = program.load_for_sampling(workdir)
         settings = describe(program, config, start, params, frozen)

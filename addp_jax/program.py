@@ -96,7 +96,7 @@ def create(config, mesh=None) -> Program:
 
 
 def check_classes(where: str, recorded, source) -> None:
-    """Raises UserError unless `source` has the classes that the run in `where` has on record, in the same order."""
+    """Raises UserError unless `source` has the classes that are on `recorded` in `where`, in the same order."""
     found = list(source.classes)
     if not recorded or not found or list(recorded) == found:
         return
@@ -104,8 +104,8 @@ def check_classes(where: str, recorded, source) -> None:
     text = f"lacks {parameters.shortened(gone, SHOWN)}" * bool(gone) + ", " * bool(gone and new)
     text += f"has {parameters.shortened(new, SHOWN)}" * bool(new)
     raise errors.UserError(
-        f"config.data: {source!r} has {len(found)} classes, {where} was trained on {len(recorded)}: "
-        f"the data {text or 'has them in another order'}"
+        f"config.data: {source!r} has {len(found)} classes, {where} {len(recorded)}: "
+        f"this data {text or 'has them in another order'}"
     )
 
 

@@ -181,7 +181,9 @@ def build(config: Config, num_train: int = 0, mesh=None) -> Run:
 
 def preflight(run: Run, workdir: str) -> None:
     """All that can be known of the data before the first step: both splits, their classes, what evaluations need."""
-    run.source("train"), run.source("eval")
+    train, held_out = run.source("train"), run.source("eval")
+    if hasattr(run.task, "num_classes"):  # shards of two splits may have been packed from folders of other classes
+        program.check_classes("the training split", train.classes, held_out)
     if run.config.evaluate.features:
         evaluate.prepare(run)
 

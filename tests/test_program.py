@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from addp_jax import checkpoint, errors, evaluate, generate, lock, program, schema, train
+from addp_jax.data import pack
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +194,19 @@ def test_a_second_run_in_a_work_directory_is_refused_and_the_first_goes_on(class
             train.train(folder_config(classifier / "data"), str(tmp_path / "run"))
     assert not list((tmp_path / "run").glob("checkpoints/[0-9]*"))
     train.train(folder_config(classifier / "data"), str(tmp_path / "run"))
+
+
+def test_shards_of_splits_with_other_classes_are_refused(tmp_path):
+    write(tmp_path / "one", ("apple", "boat", "car"))
+    write(tmp_path / "two", ("boat", "car"))
+    pack.pack(str(tmp_path / "one" / "train"), str(tmp_path / "shards"), "train")
+    pack.pack(str(tmp_path / "two" / "val"), str(tmp_path / "shards"), "val")
+    with pytest.raises(errors.UserError, match="the training split 3: this data lacks apple"):
+        train.train(folder_config(tmp_path / "shards", data__source="array_record"), str(tmp_path / "run"))
+
+
+def test_a_disk_too_small_for_the_samples_is_told_before_drawing(trained, tmp_path, monkeypatch):
+    made = program.create(config("demo_addp", trained))
+    monkeypatch.setattr(generate.shutil, "disk_usage", lambda _: type("", (), {"free": 1000})())
+    with pytest.raises(errors.UserError, match="config.generate.output: samples.npz takes"):
+        generate.generate(made, generate.Config(output=str(tmp_path)), str(trained / "addp"))
