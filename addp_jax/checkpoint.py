@@ -41,6 +41,8 @@ STEP = re.compile("0|[1-9][0-9]*")  # how a step's folder is named
 EXPANSION, ZEROS = 4096, 2**28
 
 
+# What a failed save of orbax leaves behind in asyncio is logged there as well when it is collected.
+logging.getLogger("asyncio").addFilter(lambda record: "/orbax/" not in record.getMessage())
 # Orbax logs each save at length, and what it logs as an error it raises as well.
 absl_logging.get_absl_logger().addFilter(
     lambda record: record.levelno >= logging.CRITICAL or "/orbax/" not in record.pathname

@@ -634,7 +634,7 @@ def test_differences_name_fields_and_shorten_lists():
     names = [f"class {i}" for i in range(1000)]
     old = {"a": {"b": 1, "c": names, "d": names, "e": [1, 2]}, "x": {}}
     new = {"a": {"b": 2, "c": names[1:] + ["dog"], "d": names[::-1], "e": [1, 3]}, "x": {"y": "\x1b"}}
-    assert checkpoint.differences(old, new) == [
+    assert provenance.differences(old, new) == [
         "a.b was 1, is 2",
         """a.c was a list of 1000, is one of 1000 (added "dog", removed "class 0")""",
         "a.d was a list of 1000, is one of 1000 (in another order)",
@@ -645,7 +645,7 @@ def test_differences_name_fields_and_shorten_lists():
     deep = {}
     for _ in range(900):
         deep = {"a": deep}
-    assert checkpoint.differences(old, old) == [] and len(checkpoint.differences(deep, {})) == 1
+    assert provenance.differences(old, old) == [] and len(provenance.differences(deep, {})) == 1
 
 
 def test_hashing_does_not_hold_up_the_loop(tmp_path, monkeypatch):

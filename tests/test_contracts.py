@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import signal
 
 import jax
 import numpy as np
@@ -87,8 +88,8 @@ def stop_after(config, workdir, steps):
 
     class Stopping(processes.Interrupt):
         def after(self, step):
-            self.requested = len(done) >= steps
-            return self.requested
+            self.requested = signal.SIGTERM if len(done) >= steps else 0
+            return bool(self.requested)
 
     def count(self, step, metrics):
         done.append(step)

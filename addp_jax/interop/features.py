@@ -14,6 +14,7 @@ from addp_jax.interop import files
 from addp_jax.models import convnet, inception, pixel_to_token
 
 INCEPTION = "inception"
+KNOWN = ("fc.weight", "features.0.weight", "lin0.model.1.weight")  # a tensor of Inception, VGG16 and LPIPS each
 
 
 class FeatureNet:
@@ -77,7 +78,8 @@ def read_weights(path: str, convert: Callable, field: str, what: str):
     if not path:
         raise errors.UserError(f"{field} is empty: give {what}, a .pth or .safetensors file")
     try:
-        return convert(files.read(path))
+        tensors = files.read(path)
+        return convert(files.without_prefix(tensors, lambda names: any(name in KNOWN for name in names)))
     except errors.UserError as error:
         raise errors.UserError(f"{field}: {error}; give {what}") from error
     except (KeyError, ValueError) as error:

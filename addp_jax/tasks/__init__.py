@@ -68,11 +68,11 @@ def open_source(task, split: str, data: pipeline.Config):
     return source
 
 
-def check_classes(source, num_classes: int) -> None:
+def check_classes(source, num_classes: int, field: str = "config.model.net.num_classes") -> None:
     """Raises UserError unless the classes of `source`, where they are known, can be those of a network; says if they are few."""
     found, shown = len(source.classes), parameters.shortened(list(source.classes), walk.SHOWN)
     if found > num_classes:
-        raise errors.UserError(f"config.model.net.num_classes = {num_classes}, but the data has {found} classes: {shown}")
+        raise errors.UserError(f"{field} = {num_classes}, but the data has {found} classes: {shown}")
     base = source.source if isinstance(source, pipeline.Part) else source
     flat = isinstance(base, sources.ImageFolder) and (base.classes == ("all",) or base.labels.min() < 0)
     if flat or found == 1 < num_classes:

@@ -100,7 +100,7 @@ class Task:
     def _features(self, split: str, data: pipeline.Config) -> features.Features:
         config = self.config
         source = pipeline.open_source(data, split, self.image_size)
-        tasks.check_classes(source, self.num_classes)
+        tasks.check_classes(source, self.num_classes, "config.model.num_classes")
         settings = config.encoder, self.block, config.pooling, config.crop_pct, jnp.dtype(self.dtype).name
         key = features.identity(parameters.content_hash(self._encoder), sources.fingerprint(source, times=True), repr(settings))
         files.require_writable(config.cache, "config.model.cache")
