@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from addp_jax import errors, evaluate, flops, optim, partition, samplers, topologies, train
+from addp_jax import errors, flops, optim, partition, samplers, topologies, train
 from addp_jax.models import calls
 
 REPEATS, ENOUGH_SECONDS = 3, 20.0  # the best of so many runs, of fewer where they take long

@@ -17,7 +17,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from addp_jax import errors, evaluate, files, flops, generate, hlo, partition, schema, starts, topologies, train
+from addp_jax import errors, files, flops, generate, hlo, partition, schema, starts, topologies, train
 from addp_jax.interop import weights
 
 IMAGENET = 1_281_167  # images of an epoch, where the config does not limit them

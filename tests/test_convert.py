@@ -14,7 +14,7 @@ import released
 import test_main
 from safetensors import numpy as safetensors_numpy
 
-from addp_jax import checkpoint, errors, evaluate, parameters, partition, train
+from addp_jax import checkpoint, errors, parameters, partition, train
 from addp_jax.interop import convert, layouts, weights
 from addp_jax.models import token_predictor, tokenizer
 

@@ -13,7 +13,7 @@ import grain
 import jax
 import numpy as np
 
-from addp_jax import errors, files, parameters, schema
+from addp_jax import errors, files, schema
 from addp_jax.data import prepared, shapes, sources, walk
 
 Transform = Callable[[dict, np.random.Generator], dict]

@@ -11,7 +11,6 @@ whatever its name; of at most MAX_PIXELS; upright. No other decoder of Pillow is
 import dataclasses
 import io
 import math
-import os
 
 import numpy as np
 from PIL import Image, ImageOps
