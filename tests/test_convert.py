@@ -333,7 +333,7 @@ def test_missing_flags_and_folders_are_named(arguments, missing):
 def test_a_hostile_file_is_one_line_and_exit_status_2(torch, tmp_path):
     import pathlib
 
-    torch.save({"model": {"a": torch.ones(2)}, "x": pathlib.PurePosixPath("x")}, tmp_path / "a.pth")
+    torch.save({"model": {"a": torch.ones(2), "x": pathlib.PurePosixPath("x")}}, tmp_path / "a.pth")
     test_main.assert_refused(
         "--mode=import", f"--weights={tmp_path / 'a.pth'}", f"--workdir={tmp_path / 'run'}", names=("pathlib.PurePosixPath", "a.pth")
     )
