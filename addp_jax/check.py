@@ -22,7 +22,7 @@ def check(program) -> None:
     Unreadable images; labels that the task's network has no class for; images that are in both splits.
     Raises UserError as opening the splits does.
     """
-    config, task = program.config.data, program.task
+    task, config = program.task, dataclasses.replace(program.config.data, num_train=0, num_eval=0)  # all of it
     opened = {split: pipeline.open_source(config, split, task.image_size) for split in SPLITS}
     problems, digests, count = [], {}, 0
     for split, source in opened.items():

@@ -280,7 +280,7 @@ def test_nothing_readable_at_all_is_one_line(tmp_path):
 def test_the_check_reads_everything_and_lists_what_is_wrong(tmp_path, capsys):
     damaged(tmp_path)
     (tmp_path / "val" / "car" / "1.png").write_bytes((tmp_path / "train" / "car" / "0.png").read_bytes())
-    fields = dict(data__source="image_folder", data__num_train=0, data__num_eval=0, data__path=str(tmp_path))
+    fields = dict(data__source="image_folder", data__path=str(tmp_path))
     made = program.create(programs.config("demo_judge", **fields, model__net__num_classes=3))
     with pytest.raises(SystemExit) as ended:
         check.check(made)
