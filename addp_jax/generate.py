@@ -124,6 +124,11 @@ def generate(program, config: Config, workdir: str) -> None:
         strips = film_strips(program, config, start, nets_params) if some else None
         if folder and some:
             collect(folder, start, program.task.image_size, strips)
+    tell_skipped(start)
+
+
+def tell_skipped(start) -> None:
+    """Raises UserError naming the own images that could not be read, if there were any."""
     if start.skipped:
         names = "; ".join(f"{path} ({reason})" for path, reason in start.skipped.items())
         raise errors.UserError(f"config.generate.images: {len(start.skipped)} of {len(start.own)} files skipped: {names}")

@@ -105,7 +105,7 @@ def read_reference(real: image_set.ImageSet, net, batch_size: int, cache: str):
     A cached file is named by the hashes of images and weights, so it can be neither stale nor another network's.
     """
     given = given_moments(real)  # before anything is computed
-    folder = pathlib.Path(cache).expanduser()
+    folder = pathlib.Path(files.expand(cache))
     path = folder / f"{real.content_hash}-{len(real)}-{net.weights}.npz"
     reference = load_cached(path)
     if reference is None:
@@ -150,12 +150,15 @@ def read_moments(arrays) -> dict:
 def load_cached(path: pathlib.Path):
     """A set written by `save_cached`, or None."""
     try:
-        with np.load(path) as file:
-            return feature_sets.FeatureSet.of(read_moments(file), file["pool"])
+        with files.open_regular(path) as raw, np.load(raw) as file:
+            moments = read_moments(file)
+            if "pool" not in moments:
+                raise ValueError("it lacks the moments")
+            return feature_sets.FeatureSet.of(moments, file["pool"])
     except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:  # what is no npz makes numpy and zipfile raise nearly anything
-        print(f"{path} is damaged ({error}); made again", file=sys.stderr)
+        print(f"{files.printable(str(path))} is damaged ({files.reason(error)}); made again", file=sys.stderr)
         return None
 
 
@@ -213,6 +216,8 @@ def run(options) -> dict:
 def main(argv=None) -> None:
     options = parse(argv)
     try:
+        if os.path.isdir(options.output):
+            raise errors.UserError(f"--output={options.output}: that is a folder; give a file")
         if options.output:
             files.require_writable(os.path.dirname(options.output) or ".", "--output")
         print(text := json.dumps(run(options)))

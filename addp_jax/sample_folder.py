@@ -3,6 +3,9 @@
     <folder>/settings.json      what the images depend on; other settings are refused
     <folder>/images/<name>.png  each appears by one rename, encoded on a thread beside the computation
     <folder>/samples.npz        `arr_0` uint8 [N,H,W,3], as ADM's evaluation reads it
+
+What lies there is believed to be an image only if it is a regular file, a PNG by its content, in colour and whole; anything
+else counts as missing and is drawn anew.
 """
 
 from __future__ import annotations
@@ -81,7 +84,7 @@ class SampleFolder:
         """uint8 [H,W,3] each, in order."""
         for first in range(0, len(names), READ_AT_ONCE):
             paths = [self.file(name) for name in names[first : first + READ_AT_ONCE]]
-            yield from self._threads.map(lambda path: np.asarray(Image.open(path)), paths)
+            yield from self._threads.map(pixels, paths)
 
     def write_npz(self, names: Sequence[str], shape) -> pathlib.Path:
         """`samples.npz` from the written images, each of `shape` (H,W,3), never in memory together."""
@@ -111,11 +114,17 @@ class SampleFolder:
             self.wait()
 
 
+def pixels(path: pathlib.Path) -> np.ndarray:
+    """uint8 [H,W,3] of a PNG. Raises OSError."""
+    with files.open_regular(path) as file, Image.open(file, formats=("PNG",)) as picture:
+        return np.asarray(picture)
+
+
 def is_intact(path: pathlib.Path) -> bool:
-    """Whether the PNG is there and whole, by its checksums."""
+    """Whether a PNG in colour is there and whole, by its checksums."""
     try:
-        with Image.open(path) as picture:
+        with files.open_regular(path) as file, Image.open(file, formats=("PNG",)) as picture:
             picture.verify()
-        return True
+            return picture.mode == "RGB"
     except Exception:  # a damaged file makes PIL raise nearly anything
         return False

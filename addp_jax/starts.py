@@ -69,7 +69,7 @@ class FromImages:
 
     def name(self, i: int) -> str:
         name = f"{i:06d}_{self.own.name(i % len(self.own))}"
-        return name if len(os.fsencode(name)) <= LONGEST_NAME else name[:6]
+        return name if len(os.fsencode(name)) <= LONGEST_NAME else f"{i:06d}"
 
     def readable(self, i: int) -> bool:
         return self.own.files.path(i % len(self.own)) not in self.own.skipped

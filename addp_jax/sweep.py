@@ -18,7 +18,7 @@ import pathlib
 import jax
 import numpy as np
 
-from addp_jax import errors, evaluate, generate, partition, schema, writers
+from addp_jax import errors, evaluate, files, generate, partition, schema, writers
 
 COLUMNS = 8  # images drawn with each setting
 FIELD = "config.generate.sweep"
@@ -53,31 +53,43 @@ def with_sampler(program, changes: dict):
 
 def sweep(program, config: generate.Config, workdir: str) -> None:
     """Write `sweep.png`, a row of images for each setting with its name (and how far its samples are from real images,
-    where `config.evaluate.features` is set), and `sweep.jsonl`, a line for each setting."""
+    where `config.evaluate.features` is set), and `sweep.jsonl`, a line for each setting.
+
+    Raises UserError when all is written, if own images among the first ones were unreadable.
+    """
     combinations = settings(config.sweep)
+    output = pathlib.Path(config.output or os.path.join(workdir, "sweep"))
+    files.require_writable(output, "config.generate.output")
     start = generate.make_starts(program, config)
     programs = [with_sampler(program, changes) for changes in combinations]
-    output = pathlib.Path(config.output or os.path.join(workdir, "sweep"))
     first = jax.process_index() == 0  # it alone writes
     rows, lines = [], []
     progress = writers.Progress(len(programs), 0, unit="setting", enabled=first)
     with jax.set_mesh(program.mesh):
         nets_params = [program.place(networks) for networks in program.load_for_sampling(workdir)]
-        numbers = np.arange(min(len(start), COLUMNS))
-        padded = generate.padded(numbers, partition.batch_size(len(numbers), program.mesh))
-        batch = partition.put(start.batch(padded), partition.batch_sharding(program.mesh))
+        numbers = [i for i in range(len(start)) if start.readable(i)][:COLUMNS]
+        own = start.batch(generate.padded(numbers, partition.batch_size(len(numbers), program.mesh)))
+        shown = [row for row, i in enumerate(numbers) if start.readable(i)]  # their pixels have been read now
+        if not shown:
+            generate.tell_skipped(start)
+        batch = partition.put(own, partition.batch_sharding(program.mesh))
         for changes, changed in zip(combinations, programs):
             images = partition.whole(generate.make_draw(changed, start, config.seed)(nets_params, batch))
             measures, _ = evaluate.distances(changed, *nets_params)
-            rows.append((caption(changes, measures), writers.grid(images[: len(numbers)], COLUMNS)))
+            rows.append((caption(changes, measures), writers.grid(images[shown], COLUMNS)))
             lines.append(json.dumps(changes | measures) + "\n")
             progress.update(len(rows))
     progress.close()
     if first:
         for path in writers.save_pictures(output, {"sweep": writers.captioned(rows)}):
             print(path)
-        (output / "sweep.jsonl").write_text("".join(lines))
-        print(output / "sweep.jsonl")
+        path = output / "sweep.jsonl"
+        try:
+            files.write_text(path, "".join(lines))
+        except OSError as error:
+            raise errors.UserError(f"config.generate.output: cannot write {path}: {files.reason(error)}") from error
+        print(path)
+    generate.tell_skipped(start)
 
 
 def caption(changes: dict, measures: dict) -> str:

@@ -221,3 +221,23 @@ def test_another_dtype_does_not_continue_a_folder(program, trained, tmp_path):
     half = dataclasses.replace(program, config=dataclasses.replace(program.config, dtype="bfloat16"))
     with pytest.raises(errors.UserError, match="dtype float32, now bfloat16"):
         generate.generate(half, config, str(trained / "addp"))
+
+
+def test_a_sweep_leaves_out_damaged_images_and_says_so(program, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "distances", lambda *_: ({}, {}))
+    photos, output, file = tmp_path / "photos", tmp_path / "out", tmp_path / "file"
+    photos.mkdir()
+    file.write_text("")
+    pixels = np.random.default_rng(0).integers(0, 255, (2 * S, 2 * S, 3), np.uint8)
+    Image.fromarray(pixels).save(photos / "a.png")
+    (photos / "b.png").write_bytes((photos / "a.png").read_bytes()[:1500])
+    fields = dict(images=str(photos), mask_ratio=0.5, sweep="steps=1")
+    with pytest.raises(errors.UserError, match=r"1 of 2 files skipped: .*b.png"):
+        sweep.sweep(program, generate.Config(output=str(output), **fields), str(trained / "addp"))
+    assert sorted(path.name for path in output.iterdir()) == ["sweep.jsonl", "sweep.png"]
+    (photos / "a.png").unlink()
+    with pytest.raises(errors.UserError, match=r"1 of 1 files skipped: .*b.png"):
+        sweep.sweep(program, generate.Config(output=str(tmp_path / "none"), **fields), str(trained / "addp"))
+    monkeypatch.setattr(generate, "make_starts", lambda *_: pytest.fail("the folder comes first"))
+    with pytest.raises(errors.UserError, match="config.generate.output: cannot write to"):
+        sweep.sweep(program, generate.Config(output=str(file), **fields), str(trained / "addp"))

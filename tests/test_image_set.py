@@ -106,3 +106,13 @@ def test_a_file_that_is_no_npz(tmp_path, content):
 def test_an_npz_without_images(tmp_path, arrays):
     np.savez(tmp_path / "images.npz", **arrays)
     assert "arr_0" in message(tmp_path / "images.npz")
+
+
+def test_the_hash_of_a_part_of_an_npz_says_which_part(tmp_path, monkeypatch):
+    """A cache of features is named by it."""
+    np.savez(tmp_path / "images.npz", arr_0=pictures(10))
+    digest = lambda limit: image_set.ImageSet(str(tmp_path / "images.npz"), limit, "--real").content_hash
+    whole, part = digest(0), digest(4)
+    assert whole == digest(10) != part
+    monkeypatch.setattr(image_set.pipeline, "spread", lambda total, size: np.arange(size))
+    assert digest(4) != part

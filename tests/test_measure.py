@@ -146,3 +146,15 @@ def test_mistakes_are_one_line(run_folder, tmp_path, capsys):
     assert "neither convnet nor addp" in refused(capsys, tmp_path, **given | {"features": tmp_path / "other"})
     virtual = archive(tmp_path / "v.npz", arr_0=pictures(4), mu=np.zeros(2), sigma=np.eye(2))
     assert "moments are those of Inception" in refused(capsys, tmp_path, **given | {"real": virtual})
+
+
+def test_a_cache_without_moments_is_made_again_and_a_folder_is_no_output(run_folder, tmp_path, capsys):
+    images = archive(tmp_path / "images.npz", arr_0=pictures(30))
+    options = dict(real=images, samples=images, features=run_folder)
+    before = call(capsys, tmp_path, **options)
+    (cached,) = (tmp_path / "cache").iterdir()
+    archive(cached, pool=np.zeros((30, 4), np.float32))
+    assert call(capsys, tmp_path, **options) == before
+    cached.unlink()
+    assert "that is a folder" in refused(capsys, tmp_path, **options, output=tmp_path)
+    assert not list((tmp_path / "cache").iterdir())  # told before anything is computed

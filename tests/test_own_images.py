@@ -166,5 +166,42 @@ def test_images_of_one_name_have_masks_of_their_own(tmp_path):
     own = own_images.OwnImages(str(tmp_path / "pictures"), S, str(tmp_path / "masks"))
     assert [int(own.redrawn(i).sum()) for i in range(2)] == [2 * S, 4 * S]
     write(tmp_path / "flat", **{"1": white(S, S)})
-    with pytest.raises(errors.UserError, match="could belong to 2 images named '1'"):
+    with pytest.raises(errors.UserError, match="could belong to .*cat/1.png and to .*dog/1.png"):
         own_images.OwnImages(str(tmp_path / "pictures"), S, str(tmp_path / "flat"))
+
+
+@pytest.mark.parametrize("shape", [(3, 9000), (9000, 3), (1, 5000)])
+def test_of_a_strip_only_what_is_kept_is_resized(tmp_path, monkeypatch, shape):
+    """The same as of the whole but for rounding; what is resized is never larger than the canvas."""
+    waves = 128 + 80 * np.sin(np.arange(shape[0])[:, None] / 3 + np.arange(shape[1]) / 3)
+    picture = waves.astype(np.uint8)[..., None].repeat(3, -1)
+    folder, masks = write(tmp_path / "pictures", a=picture), write(tmp_path / "masks", a=(picture[..., 0] > 128) * np.uint8(255))
+    made, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *rest: made.append(size) or resize(self, size, *rest))
+    own = own_images.OwnImages(folder, 128, masks)
+    image, redrawn = own.image(0), own.redrawn(0)
+    assert max(height * width for width, height in made) <= 128 * 128 and image.shape == (128, 128, 3)
+    monkeypatch.setattr(own_images.transforms, "MAX_STRIP", 2**40)
+    own_images.redrawn.cache_clear()
+    assert np.abs(image.astype(int) - own.image(0)).max() <= 2 and (redrawn == own.redrawn(0)).mean() > 0.99
+
+
+def test_an_ordinary_image_is_resized_as_a_whole():
+    picture = np.random.default_rng(0).integers(0, 256, (37, 61, 3), np.uint8)
+    box = own_images.Box(0, -5, 16, 26)
+    resized, kept = own_images.fitted(Image.fromarray(picture), box, own_images.Box(0, 0, 16, 16), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(resized, Image.fromarray(picture).resize((26, 16), Image.Resampling.BICUBIC))
+    assert kept == box
+
+
+def test_a_mask_that_could_belong_to_two_images_and_two_masks_of_one_image_are_refused(tmp_path):
+    pictures, masks = tmp_path / "pictures", tmp_path / "masks"
+    write(pictures, a=ramp(S, S))
+    Image.fromarray(ramp(S, S)).save(pictures / "a.jpg")
+    write(masks, a=white(S, S, np.s_[:2]))
+    with pytest.raises(errors.UserError, match=r"masks/a.png could belong to .*a\.(jpg|png) and to .*a\.(jpg|png)"):
+        own_images.OwnImages(str(pictures), S, str(masks))
+    (pictures / "a.jpg").unlink()
+    Image.fromarray(white(S, S, np.s_[:4])).save(masks / "a.bmp")
+    with pytest.raises(errors.UserError, match=r"masks/a.bmp and .*masks/a.png are for the same image"):
+        own_images.OwnImages(str(pictures), S, str(masks))

@@ -1,5 +1,7 @@
 """Reference images of FID as the release makes them."""
 
+import pathlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -66,3 +68,27 @@ def test_mistakes_are_one_line(tmp_path, capsys, case):
     assert call(path.parent, output, *more) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and {"missing": "--input", "broken": "a.jpg", "size": "--size"}.get(case, "--output") in line
+
+
+@pytest.mark.parametrize("output", ("link", ".", "new/deep/"))
+def test_the_output_may_be_a_link_or_the_current_folder(tmp_path, monkeypatch, output):
+    path = photograph(tmp_path / "in" / "a.jpg", (20, 20))
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path / "real" if output == "." else tmp_path)
+    (path.parent / "b.jpg").write_bytes(b"text")
+    assert call(path.parent, output, "--size", "8") == 2
+    (path.parent / "b.jpg").unlink()
+    assert call(path.parent, output, "--size", "8") == 0
+    assert [file.name for file in pathlib.Path(output).iterdir()] == ["00000.png"] and (tmp_path / "link").is_symlink()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    path = photograph(tmp_path / "in" / "a.jpg", (20, 20))
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert call(path.parent, tmp_path / "out", "--size", "8") == 2
+    assert "--output: cannot write to" in capsys.readouterr().err and not list((tmp_path / "out").iterdir())

@@ -1,9 +1,11 @@
 """The folder of generated images: what is whole stays, nothing is ever half written, other settings are refused."""
 
 import json
+import os
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from addp_jax import errors, sample_folder
 
@@ -70,3 +72,22 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
     folder.write(NAMES[0], lambda: IMAGES[0])
     with pytest.raises(errors.UserError, match="No such file"):
         folder.wait()
+
+
+def test_what_is_no_png_in_colour_is_missing_and_no_program_is_started(tmp_path, monkeypatch):
+    """PostScript under the name of a PNG would make Pillow run Ghostscript; a pipe would never end."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\necho 10.0\n")
+    (tools / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    folder = filled(tmp_path / "out", [4])
+    folder.file(NAMES[0]).write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 6\n%%EndComments\nshowpage\n%%EOF\n")
+    os.mkfifo(folder.file(NAMES[1]))
+    Image.fromarray(IMAGES[0]).save(folder.file(NAMES[2]), "BMP")
+    Image.fromarray(IMAGES[0]).convert("L").save(folder.file(NAMES[3]))
+    assert folder.missing(NAMES).tolist() == [True] * 4 + [False]
+    for name in NAMES[:3]:
+        with pytest.raises(OSError):
+            list(folder.read([name]))
+    assert not (tmp_path / "started").exists()

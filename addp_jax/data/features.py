@@ -14,7 +14,7 @@ import msgpack
 import numpy as np
 from array_record.python import array_record_module
 
-from addp_jax import errors, partition, processes
+from addp_jax import errors, files, partition, processes
 from addp_jax.data import pipeline, sources
 
 
@@ -75,7 +75,7 @@ def cached(folder: str, key: str, source, compute: Callable[[], Iterable[tuple[n
     if not processes.agreed(os.path.exists(path)):  # else all compute, and all write the same
         write(path, compute(), source.classes)
     try:
-        with np.load(path) as file:
+        with files.open_regular(path) as raw, np.load(raw) as file:
             names = tuple(str(name) for name in file["classes"])
             return Features(file["features"], file["labels"], names, sources.fingerprint(source))
     except Exception as error:  # what is no npz makes numpy and zipfile raise nearly anything

@@ -50,8 +50,10 @@ class ImageSet:
 
     @functools.cached_property
     def content_hash(self) -> str:
-        """16 hex digits from the bytes of the files, in order, whatever their names."""
+        """16 hex digits from the bytes of the files, in order, whatever their names; of a part of an .npz also from which."""
         digest = hashlib.blake2b(digest_size=8)
+        if self._files is None and len(self) < self.of:
+            digest.update(self._chosen.astype("<i8").tobytes())
         paths = [self.path] if self._files is None else [self._files.path(i) for i in self._chosen]
         for path in paths:
             with files.open_regular(path) as file:

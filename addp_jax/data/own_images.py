@@ -111,8 +111,8 @@ class OwnImages:
         except errors.UserError as error:
             self._skip(path, str(error))
             return None
-        box = self.placed(image.shape[:2])
-        return on_canvas(transforms.resize(image, box.height, box.width), box, self.inner, self.size)
+        resized, box = fitted(Image.fromarray(image), self.placed(image.shape[:2]), self.inner, Image.Resampling.BICUBIC)
+        return on_canvas(resized, box, self.inner, self.size)
 
     def redrawn(self, i: int) -> np.ndarray:
         """bool [S,S]: the pixels to draw anew; those outside the image, and those under its mask."""
@@ -127,26 +127,36 @@ class OwnImages:
             raise errors.UserError(f"config.generate.masks: {self.masks!r} lies among the images; move it out of {root!r}")
         if not os.path.isdir(self.masks):
             return [self.masks] * len(self)
-        masks = sources.open_folder(self.masks, "config.generate.masks")
-        found = {os.path.splitext(os.path.relpath(masks.path(i), masks.root))[0]: masks.path(i) for i in range(len(masks))}
-        stems = collections.Counter(self.name(i) for i in range(len(self)))
-        return [self._mask_of(i, found, stems) if shape else None for i, shape in enumerate(self.shapes)]
+        masks, found = sources.open_folder(self.masks, "config.generate.masks"), {}
+        for path in (masks.path(i) for i in range(len(masks))):
+            place = os.path.splitext(os.path.relpath(path, masks.root))[0]
+            if place in found:
+                raise errors.UserError(f"config.generate.masks: {found[place]} and {path} are for the same image; remove one")
+            found[place] = path
+        return [self._mask_of(i, found) if shape else None for i, shape in enumerate(self.shapes)]
 
-    def _mask_of(self, i: int, found: dict[str, str], stems) -> str:
-        """The mask at the image's own place below the folder of masks, or the one of its name, if no other image has that."""
-        place = os.path.splitext(os.path.relpath(self.files.path(i), self.files.root))[0]
-        if place in found:
-            return found[place]
-        if self.name(i) not in found:
+    def _mask_of(self, i: int, found: dict[str, str]) -> str:
+        """The mask at the image's own place below the folder of masks, or else the one of its name; no other image's."""
+        place = lambda k: os.path.splitext(os.path.relpath(self.files.path(k), self.files.root))[0]
+        own, key = self.files.path(i), place if place(i) in found else self.name
+        if key(i) not in found:
+            raise errors.UserError(f"config.generate.masks: {self.masks!r} has no mask named {place(i)!r} for {own}")
+        others = [self.files.path(k) for k in self._namesakes[self.name(i)] if k != i and key(k) == key(i)]
+        if others:
             raise errors.UserError(
-                f"config.generate.masks: {self.masks!r} has no mask named {place!r} for {self.files.path(i)}"
+                f"config.generate.masks: {found[key(i)]} could belong to {own} and to {others[0]}; give each a mask of its own, "
+                "named by its place below the folder of images"
             )
-        if stems[self.name(i)] > 1:
-            raise errors.UserError(
-                f"config.generate.masks: {found[self.name(i)]} could belong to {stems[self.name(i)]} images named {self.name(i)!r}; "
-                f"name the one for {self.files.path(i)} {os.path.join(self.masks, place)}"
-            )
-        return found[self.name(i)]
+        return found[key(i)]
+
+    @functools.cached_property
+    def _namesakes(self) -> dict[str, list[int]]:
+        """The readable images of each name."""
+        found = collections.defaultdict(list)
+        for i, shape in enumerate(self.shapes):
+            if shape:
+                found[self.name(i)].append(i)
+        return found
 
 
 def inner_box(margins, size: int) -> Box:
@@ -159,6 +169,20 @@ def inner_box(margins, size: int) -> Box:
             "left + right and top + bottom below 1"
         )
     return box
+
+
+def fitted(picture: Image.Image, box: Box, inner: Box, filter) -> tuple[np.ndarray, Box]:
+    """`picture` resized to its box, [H,W,...], and the box. Of one that would have more than MAX_STRIP pixels only what lies
+    in `inner` is resized, which may differ from a cut of the whole by what Pillow rounds between its two passes."""
+    kept = box
+    if box.height * box.width > transforms.MAX_STRIP:
+        top, left = max(box.top, inner.top), max(box.left, inner.left)
+        bottom, right = (min(start + extent for start, extent in (box[k::2], inner[k::2])) for k in (0, 1))
+        kept = Box(top, left, bottom - top, right - left)
+    across, down = picture.width / box.width, picture.height / box.height
+    left, top = (kept.left - box.left) * across, (kept.top - box.top) * down
+    region = left, top, min(left + kept.width * across, picture.width), min(top + kept.height * down, picture.height)
+    return np.asarray(picture.resize((kept.width, kept.height), filter, region)), kept
 
 
 def on_canvas(image: np.ndarray, box: Box, inner: Box, size: int) -> np.ndarray:
@@ -181,7 +205,8 @@ def redrawn(shape, box: Box, inner: Box, size: int, mask_path) -> np.ndarray:
         return outside
     white = read_mask(mask_path)
     if white.shape == shape:
-        return outside | (on_canvas(shrunk(white, box.height, box.width), box, inner, size) & ~outside)
+        share, kept = fitted(Image.fromarray(white.astype(np.float32)), box, inner, Image.Resampling.BOX)
+        return outside | (on_canvas(share > 0, kept, inner, size) & ~outside)
     if white.shape[0] == white.shape[1]:
         return outside | shrunk(white, size, size)
     raise errors.UserError(

@@ -20,6 +20,9 @@ from addp_jax import errors, files, parameters
 from addp_jax.data import sources, transforms
 
 
+PREPARING = ".preparing-"  # beginning of the name of a folder that is being filled
+
+
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status, 2 for a user's mistake."""
     parser = argparse.ArgumentParser(prog="python -m addp_jax.data.prepare", description=__doc__.splitlines()[0])
@@ -46,7 +49,7 @@ def prepare(folder: str, output: str, size: int = 256) -> int:
     listed = os.path.exists(os.path.join(folder, "meta", "val.txt"))
     source = sources.MetaList(folder, "val") if listed else sources.open_folder(folder, "--input")
     files.require_writable(output, "--output")
-    if os.listdir(output):
+    if [name for name in os.listdir(output) if not name.startswith(PREPARING)]:
         raise errors.UserError(f"--output: {output!r} is not empty; choose another folder")
 
     def write(i: int, folder: str) -> str:
@@ -60,23 +63,20 @@ def prepare(folder: str, output: str, size: int = 256) -> int:
         Image.fromarray(image).save(os.path.join(folder, f"{i:05d}.png"))
         return ""
 
-    # Everything appears at once: half a reference set would look like a whole one.
-    with tempfile.TemporaryDirectory(prefix=".preparing-", dir=os.path.dirname(os.path.abspath(output))) as folder:
-        # Threads suffice: decoding and encoding release the interpreter lock.
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-            problems = [text for text in threads.map(write, range(len(source)), itertools.repeat(folder)) if text]
-        if problems:
-            raise errors.UserError(f"{len(problems)} of {len(source)} images: {parameters.shortened(problems, 5)}")
-        os.rmdir(output)
-        os.chmod(folder, 0o777 & ~_umask())
-        os.rename(folder, output)
-        os.mkdir(folder)  # for the end of the block
+    # Nothing appears before all is well: half a reference set would look like a whole one. The folder lies within `output`,
+    # which may be a link, a mounted disk or the current folder.
+    try:
+        with tempfile.TemporaryDirectory(prefix=PREPARING, dir=output) as folder:
+            # Threads suffice: decoding and encoding release the interpreter lock.
+            with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+                problems = [text for text in threads.map(write, range(len(source)), itertools.repeat(folder)) if text]
+            if problems:
+                raise errors.UserError(f"{len(problems)} of {len(source)} images: {parameters.shortened(problems, 5)}")
+            for name in sorted(os.listdir(folder)):
+                os.rename(os.path.join(folder, name), os.path.join(output, name))
+    except OSError as error:
+        raise errors.UserError(f"--output: cannot write to {output!r}: {files.reason(error)}") from error
     return len(source)
-
-
-def _umask() -> int:
-    os.umask(mask := os.umask(0))
-    return mask
 
 
 if __name__ == "__main__":

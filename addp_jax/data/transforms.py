@@ -11,6 +11,7 @@ whatever its name; of at most MAX_PIXELS; upright. No other decoder of Pillow is
 import dataclasses
 import io
 import math
+import warnings
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -26,6 +27,7 @@ _CROP_TRIES = 10
 _ASPECT_RATIOS = (3 / 4, 4 / 3)
 
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns on stderr first; `open_image` refuses in one line
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of damaged tags beside readable pixels
 
 
 def open_image(file, where: str, upright: bool = True) -> Image.Image:
