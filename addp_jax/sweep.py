@@ -16,7 +16,6 @@ import os
 import pathlib
 
 import jax
-import numpy as np
 
 from addp_jax import errors, evaluate, files, generate, partition, schema, writers
 

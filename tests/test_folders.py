@@ -292,3 +292,60 @@ def test_the_check_reads_everything_and_lists_what_is_wrong(tmp_path, capsys):
         (tmp_path / bad).unlink()
     check.check(made.__class__(made.config, made.task, made.mesh, made.params))
     assert capsys.readouterr().out.splitlines()[-1] == "20 images read, 0 problems"
+
+
+def test_links_to_themselves_and_to_folders_above_bring_nothing(tmp_path):
+    write(tmp_path / "other", 3)
+    for name in ("apple", "boat"):
+        write(tmp_path / "data" / name, 4)
+    (tmp_path / "data" / "apple" / "me").symlink_to("me")
+    (tmp_path / "data" / "loop").symlink_to("loop")
+    (tmp_path / "data" / "boat" / "above").symlink_to(tmp_path)
+    source = sources.ImageFolder(str(tmp_path / "data"), hold_out=False)
+    assert source.classes == ("apple", "boat") and len(source) == 8
+
+
+def test_a_folder_of_pipes_is_no_class_and_a_deep_one_is(tmp_path):
+    for name in ("a", "c"):
+        write(tmp_path / name, 2)
+    (tmp_path / "b").mkdir()
+    os.mkfifo(tmp_path / "b" / "0.png")
+    deep = os.path.join(str(tmp_path / "deep"), *["d"] * 400)
+    os.makedirs(deep)
+    Image.new("RGB", (4, 4)).save(os.path.join(deep, "0.png"))
+    assert sources.ImageFolder(str(tmp_path), hold_out=False).classes == ("a", "c", "deep")
+
+
+@pytest.mark.parametrize("names", [("Train", "Validation"), ("training", "test")])
+def test_splits_of_other_names_are_pointed_at(tmp_path, names):
+    for name in names:
+        write(tmp_path / name / "a", 2)
+    with pytest.raises(errors.UserError, match="set config.data.train_split and config.data.eval_split"):
+        sources.ImageFolder(str(tmp_path))
+
+
+def test_packing_refuses_negative_shards_and_takes_any_file_name(tmp_path):
+    splits(tmp_path / "im")
+    with pytest.raises(errors.UserError, match="--shards=-1"):
+        pack.pack(str(tmp_path / "im"), str(tmp_path / "shards"), num_shards=-1)
+    image = os.fsencode(tmp_path / "im" / "train" / "apple" / "0.png")
+    os.rename(image, image[:-5] + b"\xff.png")
+    pack.pack(str(tmp_path / "im"), str(tmp_path / "shards"))
+    records = prepared.ArrayRecord(str(tmp_path / "shards"))
+    assert any("udcff" in records[i]["path"] for i in range(len(records)))
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', '["a", "a"]', '[1]', "", '"abc"'])
+def test_the_names_beside_shards_are_a_list_of_different_names(tmp_path, text):
+    pack.pack(str(splits(tmp_path / "im")), str(tmp_path / "shards"))
+    (tmp_path / "shards" / "train-classes.json").write_text(text)
+    with pytest.raises(errors.UserError, match="train-classes.json"):
+        prepared.ArrayRecord(str(tmp_path / "shards"))
+
+
+def test_a_part_larger_than_the_whole_and_a_file_without_names(tmp_path):
+    with pytest.raises(errors.UserError, match="fewer than the 9 asked for"):
+        pipeline.Part(sources.ImageFolder(str(write(tmp_path / "x", 4)), hold_out=False), 9)
+    (tmp_path / "names").write_text("\n\n")
+    with pytest.raises(errors.UserError, match="holds no names"):
+        pipeline.class_names(str(tmp_path / "names"))

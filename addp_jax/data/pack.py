@@ -55,6 +55,8 @@ def pack(input_folder: str, output: str, split: str = "train", num_shards: int =
       UserError: shards of this split are already there, or an image cannot be
         decoded, with its name.
     """
+    if num_shards < 0:
+        raise errors.UserError(f"--shards={num_shards}: use at least 1, or 0 for one per {_IMAGES_PER_SHARD} images")
     source = _open(input_folder, split)
     existed = os.path.isdir(output)
     files.require_writable(output, "--output")
@@ -113,7 +115,7 @@ def _write(source: sources.Files, indices: range, path: str):
             example = source[i]
             transforms.decode(example["image"], example["path"])
             name = os.path.relpath(example["path"], source.root)
-            writer.write(msgpack.packb({"image": example["image"], "label": int(example["label"]), "path": name}))
+            writer.write(msgpack.packb({"image": example["image"], "label": int(example["label"]), "path": name}, unicode_errors="surrogateescape"))
     finally:
         writer.close()
 

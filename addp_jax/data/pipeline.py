@@ -125,6 +125,8 @@ def class_names(path: str) -> tuple[str, ...]:
         raise errors.UserError(f"config.data.class_names: cannot read {path}: {files.reason(error)}") from error
     while lines and not lines[-1]:
         lines.pop()
+    if not lines:
+        raise errors.UserError(f"config.data.class_names: {path} holds no names")
     first = {}
     for number, name in enumerate(lines, 1):
         if not name or not name.isprintable():
@@ -140,6 +142,8 @@ class Part:
     """
 
     def __init__(self, source, size: int):
+        if size > len(source):
+            raise errors.UserError(f"{source!r} has {len(source)} examples, fewer than the {size} asked for")
         self.source, self.size, self.classes = source, size, source.classes
         self._chosen = spread(len(source), size)
 

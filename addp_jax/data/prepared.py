@@ -30,9 +30,10 @@ class ArrayRecord:
         self._records = _open_shards(shard_files)
         names = os.path.join(folder, f"{split}-classes.json")
         try:
-            self.classes = tuple(files.read_json(names))
-            if not all(isinstance(name, str) for name in self.classes):
-                raise ValueError("not a list of names")
+            classes = files.read_json(names)
+            if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes) or len(set(classes)) < len(classes):
+                raise ValueError("not a list of different names")
+            self.classes = tuple(classes)
         except (OSError, ValueError, TypeError) as error:
             raise errors.UserError(f"config.data.path: cannot read {names}: {files.reason(error)}") from error
 
@@ -45,7 +46,7 @@ class ArrayRecord:
 
     def __getitem__(self, i: int) -> dict:
         try:
-            record = msgpack.unpackb(self._records[int(i)])
+            record = msgpack.unpackb(self._records[int(i)], unicode_errors="surrogateescape")
             image, label, path = record["image"], record["label"], record["path"]
             if not isinstance(image, bytes) or not isinstance(path, str) or type(label) is not int:
                 raise ValueError("an entry of another type")

@@ -24,6 +24,7 @@ from addp_jax.data import walk
 
 LAYOUTS = f"PATH/{{train,val}}/CLASS/*.jpg, PATH/CLASS/*.jpg or PATH/*.jpg (also {walk.ENDINGS})"
 HELD_OUT = 20  # one image in this many is kept for evaluation where a folder has no splits
+SPLIT_NAMES = ("train", "training"), ("val", "valid", "validation", "eval", "test")  # that folders of splits usually have
 LARGEST_LABEL = 2**31 - 1
 
 
@@ -168,7 +169,7 @@ class ImageFolder(Files):
 def _classes(folder: str) -> list[str]:
     """The names of the sub-folders with images, sorted; those without are named in a line."""
     try:
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+        names = sorted(entry.name for entry in os.scandir(folder) if walk.is_folder(entry) and not entry.name.startswith("."))
     except OSError as error:
         raise errors.UserError(f"config.data.path: cannot read {folder!r}: {files.reason(error)}") from error
     classes = [name for name in names if name not in walk.JUNK and walk.has_image(os.path.join(folder, name))]
@@ -190,9 +191,16 @@ def _compare_classes(folders: dict[str, str], train: list[str], held_out: list[s
 
 
 def _look_deeper(root: str, classes: list[str], splits: tuple[str, str]) -> None:
-    """Raises UserError if the two splits lie one folder deeper."""
+    """Raises UserError if the two splits lie one folder deeper, or are there under other names."""
+    others = [[name for name in classes if name.lower() in usual] for usual in SPLIT_NAMES]
+    if all(others):
+        raise errors.UserError(
+            f"config.data.path: {root!r} has no {splits[0]!r} and {splits[1]!r}, but {others[0][0]!r} and {others[1][0]!r}; "
+            "set config.data.train_split and config.data.eval_split to them"
+        )
     for name in classes:
-        if all(os.path.isdir(os.path.join(root, name, split)) for split in splits):
+        deeper = [os.path.isdir(os.path.join(root, name, split)) for split in splits]
+        if all(deeper) or (len(classes) == 1 and any(deeper)):
             raise errors.UserError(
                 f"config.data.path: {root!r} has its {splits[0]!r} and {splits[1]!r} one folder deeper; "
                 f"set it to {os.path.join(root, name)!r}"
@@ -205,6 +213,7 @@ def _read_folder(folder: str, classes: list[str], flat_label: int, field: str = 
     places = [os.path.join(folder, name) for name in classes]
     present = [(label, place) for label, place in enumerate(places) if os.path.isdir(place)]
     walker.mark(folder)
+    walker.mark_above(folder)
     fresh = [(label, place) for label, place in present if walker.mark(place)]  # before any link to them is met
     paths, labels, sizes = [], [], []
     for label, place in fresh:
@@ -227,6 +236,8 @@ def open_folder(root: str, field: str) -> Files:
     Raises UserError: no such folder, or no images in it.
     """
     walker = walk.Walk(field)
+    if os.path.isdir(root):
+        walker.mark_above(root)
     paths, sizes = walker.images(root) if os.path.isdir(root) else ([], [])
     walker.announce(root)
     if not paths:

@@ -2,6 +2,7 @@
 
 import collections
 import os
+import pathlib
 import stat
 import sys
 
@@ -47,6 +48,11 @@ class Walk:
         self.met.add((status.st_dev, status.st_ino))
         return new
 
+    def mark_above(self, folder: str) -> None:
+        """Keep links from leading to the folders above `folder`."""
+        for above in pathlib.Path(folder).resolve().parents:
+            self.mark(str(above))
+
     def images(self, folder: str, nested: bool = True) -> tuple[list[str], list[int]]:
         """(paths relative to `folder`, bytes of each): those of a folder before those of its sub-folders, both sorted."""
         paths, sizes, waiting = [], [], [""]
@@ -56,7 +62,7 @@ class Walk:
             entries = sorted(self._try(os.scandir, os.path.join(folder, prefix)), key=lambda entry: entry.name)
             entries = [entry for entry in entries if not entry.name.startswith(".")]
             for entry in entries:
-                if entry.is_dir():
+                if is_folder(entry):
                     continue
                 if not entry.name.lower().endswith(EXTENSIONS):
                     self.left_out[os.path.splitext(entry.name)[1].lower() or "no ending"] += 1
@@ -68,7 +74,7 @@ class Walk:
                     paths.append(prefix + entry.name)
                     sizes.append(size)
             if nested:
-                below = [entry for entry in entries if entry.is_dir() and entry.name not in JUNK]
+                below = [entry for entry in entries if is_folder(entry) and entry.name not in JUNK]
                 waiting += [f"{prefix}{entry.name}/" for entry in reversed(below) if self.mark(entry.path)]
         return paths, sizes
 
@@ -95,16 +101,33 @@ def _mode_and_size(entry: os.DirEntry) -> tuple[int | None, int]:
         return None, UNKNOWN
 
 
+def is_folder(entry: os.DirEntry) -> bool:
+    """Whether it is a folder, or a link to one; a link to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def has_image(folder: str) -> bool:
     """Whether there is an image below `folder`; stops at the first."""
-    met = set()
-    for where, names, found in os.walk(folder, followlinks=True):
-        status = os.stat(where)
+    met, waiting = set(), [folder]
+    while waiting:
+        where = waiting.pop()
+        try:
+            status, entries = os.stat(where), list(os.scandir(where))
+        except OSError:  # reading it says so
+            continue
         if (status.st_dev, status.st_ino) in met:
-            names[:] = []
             continue
         met.add((status.st_dev, status.st_ino))
-        names[:] = [name for name in names if not name.startswith(".") and name not in JUNK]
-        if any(name.lower().endswith(EXTENSIONS) and not name.startswith(".") for name in found):
-            return True
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if is_folder(entry):
+                waiting += [entry.path] * (entry.name not in JUNK)
+            elif entry.name.lower().endswith(EXTENSIONS):
+                mode, _ = _mode_and_size(entry)
+                if mode is None or stat.S_ISREG(mode):
+                    return True
     return False
