@@ -110,9 +110,7 @@ def read_header(path: str, flag: str) -> tuple[tuple[int, ...], int]:
     """
     try:
         with files.open_regular(path) as raw, zipfile.ZipFile(raw) as archive, archive.open(ARRAY) as file:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(file)
+            shape, fortran, dtype = array_header(file)
             skip, size = file.tell(), archive.getinfo(ARRAY).file_size
             compressed = archive.getinfo(ARRAY).compress_size
     # What is no npz makes numpy and zipfile raise nearly anything.
@@ -123,6 +121,13 @@ def read_header(path: str, flag: str) -> tuple[tuple[int, ...], int]:
     if math.prod(shape) != size - skip or size > LARGEST_RATIO * max(compressed, 1):
         raise errors.UserError(f"{flag}={path}: arr_0 claims {list(shape)}, but the file does not hold as many bytes")
     return shape, skip
+
+
+def array_header(file):
+    """(shape, whether in Fortran's order, dtype) at the beginning of an .npy file, which is read up to its data."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
 
 
 def reason(error: Exception) -> str:
@@ -139,9 +144,7 @@ def read_arrays(path: str, names: tuple[str, ...], flag: str) -> dict[str, np.nd
                 if entry.file_size > LARGEST_RATIO * max(entry.compress_size, 1):
                     raise ValueError(f"{name} claims more bytes than the file holds")
                 with archive.open(entry) as file:
-                    version = np.lib.format.read_magic(file)
-                    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                    shape, _, dtype = read(file)
+                    shape, _, dtype = array_header(file)
                     if dtype.hasobject or math.prod(shape) * dtype.itemsize != entry.file_size - file.tell() or min(shape, default=1) < 0:
                         raise ValueError(f"{name} claims {dtype} {list(shape)}, but the file does not hold as many bytes")
             raw.seek(0)
