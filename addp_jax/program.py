@@ -1,6 +1,6 @@
 """One object per program: a config's task on a mesh, its data, and how trained networks get into it.
 
-A network is used only with what it was trained with: `Program.read` and `Program.check_frozen` compare the record that a
+A network is used only with what it was trained with: `Program.read` and `weights.check_frozen` compare the record that a
 run keeps of itself (`train.identity`) with the present config and weights, in every mode.
 """
 
@@ -52,18 +52,11 @@ class Program:
         print(f"{workdir}: parameters of step {info['step']}")
         return params, identity
 
-    def check_frozen(self, workdir: str, identity: dict, frozen: dict) -> None:
-        """Raises UserError if the run in `workdir` was trained with others than these `frozen` networks."""
-        for name, params in frozen.items():
-            expected = identity.get("frozen", {}).get(name)
-            if expected and parameters.content_hash(params) != expected:
-                raise errors.UserError(f"{workdir} was trained with another {name} than the one given")
-
     def load(self, workdir: str):
         """`((parameters, frozen networks) on the mesh, identity)`: parameters laid out as in training, the others whole."""
         params, identity = self.read(workdir)
         frozen = self.task.load_frozen()
-        self.check_frozen(workdir, identity, frozen)
+        weights.check_frozen(workdir, identity, frozen)
         layouts = jax.tree.map(lambda leaf: leaf.sharding, self.params)
         return (partition.put(params, {name: layouts[name] for name in params}), self.place(frozen)), identity
 
@@ -71,7 +64,7 @@ class Program:
         """`(parameters, frozen networks)` as numpy arrays: those that sampling needs."""
         params, identity = self.read(workdir)
         frozen = self.task.load_for_sampling()
-        self.check_frozen(workdir, identity, frozen)
+        weights.check_frozen(workdir, identity, frozen)
         return params, frozen
 
     def place(self, networks):

@@ -44,7 +44,7 @@ def export_weights(workdir: str, paths: list[str], output: str, layout: str, ema
     networks = {name: params[name] for name in params if name in needed}
     print(f"{workdir}: {'averaged' if info['ema'] else 'raw'} parameters of step {info['step']}: {', '.join(networks) or 'none needed'}")
     networks = collect(networks, paths, needed)
-    check_frozen(workdir, info["identity"], {name: networks[name] for name in networks if name not in params})
+    weights.check_frozen(f"--weights: {workdir}", info["identity"], {name: networks[name] for name in networks if name not in params})
     missing = needed - networks.keys()
     if missing - OPTIONAL.get(layout, set()):
         raise errors.UserError(
@@ -74,11 +74,3 @@ def collect(networks: dict, paths: list[str], wanted=None) -> dict:
             print(f"{path}: {name}, {count / 1e6:.1f} M parameters")
         networks = found | networks
     return networks
-
-
-def check_frozen(workdir: str, identity: dict, networks: dict) -> None:
-    """Raises UserError if the run in `workdir` was trained with others than these `networks`."""
-    for name, params in networks.items():
-        expected = identity.get("frozen", {}).get(name)
-        if expected and parameters.content_hash(params) != expected:
-            raise errors.UserError(f"--weights: {workdir} was trained with another {name} than the one given")

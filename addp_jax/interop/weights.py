@@ -47,10 +47,16 @@ def load(path: str, network: str, init, config, field: str, tokenizer: dict | No
     where = f"{field} ({path})"
     loaded = parameters.match(params[network], jax.eval_shape(init, jax.random.key(0)), where=where)
     check_settings(identity, config, where)
-    expected = identity.get("frozen", {}).get("tokenizer")
-    if tokenizer is not None and expected and parameters.content_hash(tokenizer) != expected:
-        raise errors.UserError(f"{where} was trained with another tokenizer than the one given")
+    check_frozen(where, identity, {} if tokenizer is None else {"tokenizer": tokenizer})
     return loaded
+
+
+def check_frozen(where: str, identity: dict, networks: dict) -> None:
+    """Raises UserError if the run in `where`, by its `identity`, was trained with others than these `networks`."""
+    for name, params in networks.items():
+        expected = identity.get("frozen", {}).get(name)
+        if expected and parameters.content_hash(params) != expected:
+            raise errors.UserError(f"{where} was trained with another {name} than the one given")
 
 
 def check_settings(identity: dict, config, where: str, names=None) -> None:
