@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 
 from absl import app, flags, logging
@@ -17,7 +18,7 @@ HELP = ("--help", "-help", "-h", "--helpshort", "--helpfull", "--helpxml")
 INTERRUPTED = 130  # exit status after Ctrl-C where there is nothing to save
 LIBTPU_STACK = "fibers_default_thread_stack_size"  # bytes; on its own 64 KiB the compiler of libtpu 0.0.42 dies of fused attention
 CONVERSIONS = ("import", "export")  # modes without a config
-MODES = ["train", "evaluate", "generate", "predict", "features", "robustness", "check", "benchmark", "plan", *CONVERSIONS]
+MODES = ["train", "evaluate", "generate", "predict", "features", "robustness", "check", "benchmark", "plan", *CONVERSIONS]  # modes.MODES and three more
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do; configs/base.py says what every field of config.MODE means")
 WEIGHTS = flags.DEFINE_multi_string(
     "weights", [], "import: weight file; export: run folder or file with a network that --workdir lacks. May be repeated"
@@ -85,7 +86,7 @@ def require_config_file(argv) -> None:
 
 
 def convert() -> None:
-    from addp_jax.interop import convert
+    from addp_jax.weights import convert
 
     paths, workdir = [files.expand(path) for path in WEIGHTS.value], files.expand(WORKDIR.value or "")
     if MODE.value == "import":
@@ -94,51 +95,31 @@ def convert() -> None:
 
 
 def plan_run() -> None:
-    from addp_jax import plan
+    from addp_jax.planning import plan
 
     if not TOPOLOGY.value:
-        raise errors.UserError("--topology is missing: what to compile for, such as --topology=v5e:16x16")
+        raise errors.UserError("topology is missing: what to compile for, such as --topology=v5e:16x16")
     request = plan.Request(TOPOLOGY.value, PROGRAM.value, NUM_SLICES.value, LEVEL.value, JSON.value)
     sys.exit(plan.plan(CONFIG.value.to_dict(), request))
 
 
 def run() -> None:
-    from addp_jax import processes, schema, train
+    from addp_jax import modes, processes
 
-    config = schema.build(train.Config, CONFIG.value.to_dict())
     members = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    modes.split(CONFIG.value.to_dict())  # a mistake there is said before the other processes are waited for
     if DISTRIBUTED.value or any(value is not None for value in members):
         processes.start(*members, interruptible=MODE.value == "train")
     with processes.noticing_losses():
-        run_mode(config)
+        modes.run(MODE.value, CONFIG.value.to_dict(), WORKDIR.value or "")
         processes.agreed(True)  # the first one may still be writing
 
 
-def run_mode(config) -> None:
-    from addp_jax import benchmark, check, evaluate, generate, predict, program, robustness, schema, sweep, train
-
-    if MODE.value == "benchmark":
-        return benchmark.benchmark(config)
-    if MODE.value == "check":
-        return check.check(program.create(config))
-    if not WORKDIR.value:
-        raise errors.UserError("--workdir is missing: give a folder for checkpoints, logs and pictures")
-    workdir = files.expand(WORKDIR.value)
-    if MODE.value == "train":
-        print(CONFIG.value)
-        return train.train(config, workdir)
-    made = program.create(config)
-    if MODE.value == "evaluate":
-        return evaluate.evaluate(made, workdir)
-    if MODE.value in ("predict", "features"):
-        over_images = predict.predict if MODE.value == "predict" else predict.write_features
-        return over_images(made, schema.build(predict.Config, config.predict, "config.predict"), workdir)
-    if MODE.value == "robustness":
-        settings = schema.build(robustness.Config, config.robustness, "config.robustness")
-        return robustness.robustness(made, settings, workdir)
-    settings = schema.build(generate.Config, config.generate, "config.generate")
-    draw = sweep.sweep if settings.sweep else generate.generate
-    return draw(made, settings, workdir)
+def flagged(message: str) -> str:
+    """The message of an error, with the spelling of the flag where it begins with the name of a field or of a flag."""
+    name = re.match(r"[\w.]+", message)
+    known = name and (name[0].startswith("config.") or name[0] in flags.FLAGS)
+    return f"--{message}" if known else message
 
 
 def main(argv) -> None:
@@ -152,7 +133,7 @@ def main(argv) -> None:
     except errors.UserError as error:
         from addp_jax import processes
 
-        print(f"error: {processes.name()}{files.printable(str(error), MESSAGE_LENGTH)}", file=sys.stderr)
+        print(f"error: {processes.name()}{files.printable(flagged(str(error)), MESSAGE_LENGTH)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Where arrays live: the device mesh, the logical axis names, the table of parameter layouts.
+"""Where arrays live: the device mesh, the logical axis names, how the layout that a network's module states becomes shardings.
 
 The mesh has three axes. Eight devices as `Config(data=2, fsdp=2, tensor=2)`:
 
@@ -37,23 +37,9 @@ RULES = {
     "replicated": None,
 }
 
-# Parameter path -> logical axis of each dimension; the first match counts.
-PARAMETERS = (
-    (r".*/block/attention/(query|key|value)/kernel", ("layers", "width", "heads")),
-    (r".*/block/attention/(query|key|value)/bias", ("layers", "heads")),
-    (r".*/block/attention/out/kernel", ("layers", "heads", "width")),
-    (r".*/block/mlp/fc1/kernel", ("layers", "width", "mlp")),
-    (r".*/block/mlp/fc1/bias", ("layers", "mlp")),
-    (r".*/block/mlp/fc2/kernel", ("layers", "mlp", "width")),
-    (r".*/block/((attention/out|mlp/fc2)/bias|norm[12]/(scale|bias))", ("layers", "replicated")),
-    (r".*(patch_embed|decoder_embed|head/fc)/kernel", ("replicated", "width")),
-    (r".*token_embed", ("vocab", "width")),
-    (r".*(pos_embed|pos_visible|pos_masked|pos_token|decoder_pos)", ("replicated", "width")),
-    (r".*codebook", ("vocab", "replicated")),
-    (r".*(conv\w*|shortcut|upsample_\d+|down_\w+)/kernel", ("replicated", "replicated", "replicated", "replicated")),
-    (r".*dense\w*/kernel", ("replicated", "replicated")),
-    (r".*(class_token|mask_token|bias|scale)", ("replicated",)),
-)
+# Of a network's parameters: (regular expression for the whole path, logical axis of each dimension); the first match counts.
+Layout = tuple[tuple[str, tuple[str, ...]], ...]
+
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,14 +91,11 @@ def spec(*names: str | None) -> PartitionSpec:
 
 
 def constrain(array: jax.Array, *names: str | None) -> jax.Array:
-    """Pin the layout of an activation. Raises without a mesh (`jax.set_mesh`); inside `per_device` it is a no-op."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        raise ValueError("partition.constrain: no mesh; enter one with jax.set_mesh(partition.make_mesh(...))")
+    """Pin the layout of an activation. Without a mesh, and inside `per_device`, it is a no-op."""
     if len(names) != array.ndim:
         raise ValueError(f"{len(names)} axis names {names} for an array of shape {array.shape}")
-    layout = spec(*names)
-    if all(kind == AxisType.Manual for kind in mesh.axis_types):
+    layout, mesh = spec(*names), jax.sharding.get_abstract_mesh()
+    if mesh.empty or all(kind == AxisType.Manual for kind in mesh.axis_types):
         return array
     return jax.lax.with_sharding_constraint(array, layout)
 
@@ -137,33 +120,33 @@ def path_name(path) -> str:
     return "/".join(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)
 
 
-def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Layout of one parameter from the table. Raises ValueError on no match, wrong rank or an indivisible dimension."""
-    for pattern, names in PARAMETERS:
+def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh, layout: Layout) -> PartitionSpec:
+    """Of one parameter. Raises ValueError on no match or wrong rank, UserError on an indivisible dimension."""
+    for pattern, names in layout:
         if re.fullmatch(pattern, path):
             break
     else:
-        raise ValueError(f"partition.PARAMETERS has no entry for {path} {shape}")
+        raise ValueError(f"the layout has no entry for {path} {shape}")
     if len(names) != len(shape):
-        raise ValueError(f"{path}: partition.PARAMETERS names {len(names)} axes {names}, the shape is {shape}")
-    layout = spec(*names)
-    for size, name, axis in zip(shape, names, layout):
+        raise ValueError(f"{path}: the layout names {len(names)} axes {names}, the shape is {shape}")
+    axes = spec(*names)
+    for size, name, axis in zip(shape, names, axes):
         parts = int(np.prod([mesh.shape[entry] for entry in ((axis,) if isinstance(axis, str) else axis or ())]))
         if size % parts:
             raise errors.UserError(f"config.mesh: {path} has {size} along '{name}', not divisible by {axis}={parts}")
-    return layout
+    return axes
 
 
-def shardings(tree, mesh: Mesh):
+def shardings(tree, mesh: Mesh, layout: Layout):
     """NamedSharding of every array of a parameter-like tree (optimizer and EMA state keep the parameter's path).
 
-    Scalars (steps, counts) are replicated.
+    layout: of its networks, such as `vit.LAYOUT`. Scalars (steps, counts) are replicated.
     """
 
     def one(path, leaf):
         if not leaf.shape:
             return NamedSharding(mesh, PartitionSpec())
-        return NamedSharding(mesh, parameter_spec("/" + path_name(path), leaf.shape, mesh))
+        return NamedSharding(mesh, parameter_spec("/" + path_name(path), leaf.shape, mesh, layout))
 
     return jax.tree_util.tree_map_with_path(one, tree)
 

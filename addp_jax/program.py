@@ -1,7 +1,7 @@
-"""One object per program: a config's task on a mesh, its data, and how trained networks get into it.
+"""One object per program: a config's task on a mesh, its data, and how trained networks get into it; and its training.
 
 A network is used only with what it was trained with: `Program.read` and `weights.check_frozen` compare the record that a
-run keeps of itself (`train.identity`) with the present config and weights, in every mode.
+run keeps of itself (`training.loop.identity`) with the present config and weights, in every mode.
 """
 
 from __future__ import annotations
@@ -9,21 +9,60 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import flax.struct
 import jax
+import jax.numpy as jnp
+import optax
 
-from addp_jax import checkpoint, errors, parameters, partition, provenance, schema, tasks
-from addp_jax.interop import weights
+from addp_jax import errors, optim, parameters, partition, schema, tasks, weights
+from addp_jax.data import pipeline
 from addp_jax.ops import keys
+from addp_jax.weights import checkpoint, provenance
 
 SHOWN = 5  # differences, or class names, in a message
 
 
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Distances between images of the evaluation split and the model's own, at every evaluation."""
+
+    features: str = ""  # inception, or the work directory of a convnet or addp run; "" = no distances
+    inception_weights: str = ""  # pt_inception-2015-12-05-6726825d, .pth or .safetensors
+    num_images: int = schema.field(2000, least=2)  # of the split, spread evenly; the names end in it: fid_2k
+    batch_size: int = schema.field(64, least=1)
+    seed: int = 0  # of the samples
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A run. Of `model` the task's own Config says what matters."""
+
+    task: str  # a file in addp_jax/tasks
+    model: Any  # fields of the task's own Config
+    # Run folder or weight file that the trained network starts from; "" = random. Its content matters, not its path.
+    init: str = schema.field("", matters=schema.NOTHING)
+    seed: int = 0  # of parameters, masks, dropout, data order
+    batch_size: int = schema.field(4096, least=1)  # images per optimizer step, over all devices
+    epochs: float = schema.field(0.0, least=0)  # passes over the training split; or
+    steps: int = schema.field(0, least=0)  # optimizer steps; exactly one of the two is set
+    dtype: str = "auto"  # of the computation: float32 on CPU, bfloat16 elsewhere; parameters are float32
+    log_every: int = schema.field(50, least=1, matters=schema.NOTHING)  # steps
+    eval_every: int = schema.field(5000, least=1, matters=schema.NOTHING)  # steps
+    # Batches per evaluation while training, spread over the split; 0 = the whole split.
+    eval_batches: int = schema.field(8, least=0, matters=schema.NOTHING)
+    data: pipeline.Config = pipeline.Config()
+    optim: optim.Config = optim.Config()
+    mesh: partition.Config = schema.field(partition.Config(), matters=schema.NOTHING)
+    checkpoint: checkpoint.Config = schema.field(checkpoint.Config(), matters=schema.NOTHING)
+    evaluate: Evaluation = schema.field(Evaluation(), matters=schema.NOTHING)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """What every mode works with; only training knows more (`train.Run`)."""
+    """What every mode works with; only training knows more (`TrainingProgram`)."""
 
-    config: Any  # train.Config
-    task: Any
+    config: Any  # Config
+    task: tasks.Task
     mesh: jax.sharding.Mesh
     params: Any  # shapes and shardings of the networks that the task trains
     opened: dict = dataclasses.field(default_factory=dict)  # what `source` has opened, and evaluations have computed
@@ -31,7 +70,7 @@ class Program:
     def source(self, split: str):
         """What the task reads in the split "train" or "eval"; opened once."""
         if split not in self.opened:
-            self.opened[split] = tasks.open_source(self.task, split, self.config.data)
+            self.opened[split] = self.task.open_source(split, self.config.data)
         return self.opened[split]
 
     def read(self, workdir: str) -> tuple[dict, dict]:
@@ -74,7 +113,7 @@ class Program:
     def compact(self, networks):
         """Networks as they are kept on the devices: kernels in the dtype of the computation where the task allows it."""
         dtype = partition.compute_dtype(self.config.dtype, self.mesh)
-        return parameters.compact(networks, getattr(self.task, "compact", ()), dtype)
+        return parameters.compact(networks, self.task.compact, dtype)
 
 
 def create(config, mesh=None) -> Program:
@@ -83,9 +122,128 @@ def create(config, mesh=None) -> Program:
     task = tasks.create(config.task, config.model, partition.compute_dtype(config.dtype, mesh))
     with jax.set_mesh(mesh):  # whose devices may exist in a plan only: nothing is computed, the key neither
         shapes = jax.eval_shape(lambda: task.init(keys.of(config.seed, "parameters")))
-    layout = partition.shardings(shapes, mesh)
+    layout = partition.shardings(shapes, mesh, task.layout)
     params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, layout)
     return Program(config, task, mesh, params)
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything a checkpoint holds."""
+
+    step: jax.Array  # optimizer steps done
+    params: Any
+    opt_state: Any
+    ema_params: Any  # None without an average
+
+
+def make_init(task, optimizer, config: Config):
+    """`(rng, pretrained) -> TrainState`, pure; `pretrained`: parameters that do not start at random."""
+
+    def init(rng, pretrained=None):
+        params = parameters.replaced(task.init(rng), pretrained or {})
+        average = params if config.optim.ema_decay else None
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.tree.map(jnp.copy, average))
+
+    return init
+
+
+def make_step(task, optimizer, schedule, config: Config):
+    """`(state, frozen, batch) -> (state, metrics)`; its randomness is a function of the seed and the step."""
+    grad = jax.value_and_grad(task.loss, has_aux=True)
+    pieces = config.optim.accumulate
+
+    def gradients(params, frozen, batch, rng):
+        if pieces == 1:
+            (_, metrics), grads = grad(params, frozen, batch, rng, True)
+            return grads, metrics
+
+        def add(total, piece):
+            index, micro_batch = piece
+            (_, metrics), grads = grad(params, frozen, micro_batch, jax.random.fold_in(rng, index), True)
+            return jax.tree.map(lambda a, b: a + b / pieces, total, grads), metrics
+
+        # Strided pieces, so that each spans all devices.
+        split = jax.tree.map(lambda a: a.reshape(-1, pieces, *a.shape[1:]).swapaxes(0, 1), batch)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        grads, metrics = jax.lax.scan(add, zeros, (jnp.arange(pieces), split))
+        return grads, jax.tree.map(lambda values: values.mean(0), metrics)
+
+    def step(state: TrainState, frozen, batch):
+        rng = jax.random.fold_in(keys.of(config.seed, "training"), state.step)
+        grads, metrics = gradients(state.params, frozen, batch, rng)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = state.ema_params
+        if config.optim.ema_decay:
+            average = optax.incremental_update(params, average, 1 - config.optim.ema_decay)
+        metrics |= {
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(params),
+            "learning_rate": schedule(state.step),
+        }
+        return TrainState(state.step + 1, params, opt_state, average), metrics
+
+    return step
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainingProgram(Program):
+    """What the loop, and everything that must see the same program as the loop, works with; see `create_training`."""
+
+    length: optim.Length = dataclasses.field(kw_only=True)
+    init: Any = dataclasses.field(kw_only=True)  # jitted (rng, pretrained = None) -> TrainState
+    step: Any = dataclasses.field(kw_only=True)  # jitted (state, frozen, batch) -> (state, metrics)
+    state: TrainState = dataclasses.field(kw_only=True)  # shapes and shardings
+
+    @property
+    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and shardings of a training batch."""
+        sharding, size = partition.batch_sharding(self.mesh), self.config.batch_size
+        example = self.task.example.items()
+        return {name: jax.ShapeDtypeStruct((size, *shape.shape), shape.dtype, sharding=sharding) for name, shape in example}
+
+
+def require_divisible_batch(config: Config, mesh) -> None:
+    """Raises UserError for a batch that cannot be split over devices and micro-batches."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.batch_size % (devices * config.optim.accumulate):
+        raise errors.UserError(
+            f"config.batch_size: {config.batch_size} is not a multiple of {devices} devices (config.mesh data x fsdp) "
+            f"times {config.optim.accumulate} micro-batches (config.optim.accumulate)"
+        )
+
+
+def create_training(config: Config, num_train: int = 0, mesh=None) -> TrainingProgram:
+    """The jitted training program of a config; nothing is computed yet.
+
+    Args:
+      num_train: images in an epoch; 0 = open the training split and count.
+      mesh: default: all devices, as `config.mesh` says.
+    """
+    mesh = mesh or partition.make_mesh(config.mesh)
+    require_divisible_batch(config, mesh)
+    base = create(config, mesh)
+    task = base.task
+    num_train = num_train or len(base.source("train"))
+    length = optim.length(
+        config.optim, epochs=config.epochs, steps=config.steps, num_train=num_train, batch_size=config.batch_size
+    )
+    schedule = optim.schedule(config.optim, length, config.batch_size)
+    optimizer = optim.build(config.optim, schedule)
+    init = make_init(task, optimizer, config)
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(lambda: init(keys.of(config.seed, "parameters")))
+    layout = partition.shardings(shapes, mesh, task.layout)
+    everywhere = partition.replicated(mesh)
+    step = jax.jit(
+        make_step(task, optimizer, schedule, config),
+        in_shardings=(layout, everywhere, partition.batch_sharding(mesh)),
+        out_shardings=(layout, everywhere),
+        donate_argnums=0,
+    )
+    state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, layout)
+    init = jax.jit(init, out_shardings=layout)
+    return TrainingProgram(config, task, mesh, state.params, base.opened, length=length, init=init, step=step, state=state)
 
 
 def check_classes(where: str, recorded, source) -> None:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import math
+import pkgutil
 import types
 import typing
 from collections.abc import Mapping
@@ -22,10 +24,43 @@ NETWORK, TRAINING, NOTHING = ("training", "network"), ("training",), ()  # what 
 LARGEST_SEED = 2**32 - 1
 
 
-def field(default=dataclasses.MISSING, *, least=-math.inf, most=math.inf, above=-math.inf, below=math.inf, matters=NETWORK):
-    """A dataclass field for numbers in [least, most], larger than `above` and smaller than `below`."""
-    metadata = {"least": least, "most": most, "above": above, "below": below, "matters": matters}
+class Named:
+    """A base of configs of which one is chosen by its `name`: that of a module in the base's PACKAGE, which has a `Config`."""
+
+    PACKAGE: typing.ClassVar[str]
+
+
+def module_of(config: Named):
+    """The module whose Config it is."""
+    return importlib.import_module(f"{config.PACKAGE}.{config.name}")
+
+
+def chosen(kind: type[Named], name, where: str) -> type:
+    """The Config of the module `name`. Raises UserError, naming the modules there are, if it is none of them."""
+    names = sorted(module.name for module in pkgutil.iter_modules(importlib.import_module(kind.PACKAGE).__path__))
+    if name not in names:
+        raise errors.UserError(f"{where}.name: {name!r}; use {' or '.join(names)}")
+    return importlib.import_module(f"{kind.PACKAGE}.{name}").Config
+
+
+def field(default=dataclasses.MISSING, *, least=-math.inf, most=math.inf, above=-math.inf, below=math.inf, matters=NETWORK, tiny=None):
+    """A dataclass field for numbers in [least, most], larger than `above` and smaller than `below`.
+
+    matters: what depends on it. tiny: its value in a run that takes seconds, where that is another.
+    """
+    metadata = {"least": least, "most": most, "above": above, "below": below, "matters": matters, "tiny": tiny}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def frozen_weights() -> str:
+    """A field that holds where the weights of a frozen network are. Their content matters, not their path."""
+    return dataclasses.field(default="", metadata={"matters": NOTHING, "frozen": True})
+
+
+def with_frozen_weights(cls, fields: Mapping, value: str) -> dict:
+    """`fields` of the dataclass `cls` with `value` in those of `frozen_weights`."""
+    names = {entry.name for entry in dataclasses.fields(cls) if entry.metadata.get("frozen")}
+    return dict(fields) | dict.fromkeys(names, value)
 
 
 def identity(config, matters: str = "training") -> dict:
@@ -35,6 +70,18 @@ def identity(config, matters: str = "training") -> dict:
         for entry in dataclasses.fields(config)
         if matters in entry.metadata.get("matters", NETWORK)
     }
+
+
+def fields(config, tiny: bool = False) -> dict:
+    """All fields of a dataclass as nested dicts, as ConfigDict takes them; `tiny`: with the values of a run that takes seconds."""
+    found = {}
+    for entry in dataclasses.fields(config):
+        value, small = getattr(config, entry.name), entry.metadata.get("tiny")
+        if dataclasses.is_dataclass(value):
+            found[entry.name] = fields(value, tiny)
+        else:
+            found[entry.name] = small if tiny and small is not None else value
+    return found
 
 
 def _plain(value, matters: str):
@@ -51,6 +98,8 @@ def build(cls, fields: Mapping, where: str = "config"):
     """
     if not isinstance(fields, Mapping):
         raise errors.UserError(f"{where}: expected a group of fields, got {fields!r}")
+    if issubclass(cls, Named):
+        cls = chosen(cls, fields.get("name", cls.name), where)
     known = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for name in fields:

@@ -205,15 +205,15 @@ def tokenizer_task(net):
     """`config.model` of the task `tokenizer` (MaskGIT's vqgan_config.py)."""
     return dict(
         net=net,
-        adversary=dict(channels=64, max_channels=512),
+        discriminator=dict(channels=64, max_channels=512),
         l2_weight=1.0,  # of the mean squared error
         l1_weight=0.0,
         codebook_weight=1.0,  # pulls codes to features
         commitment_weight=0.25,  # pulls features to codes
         entropy_weight=0.1,  # each place sure of its code, all codes in use
         entropy_temperature=0.01,  # of the softmax over squared distances
-        adversary_weight=0.1,  # 0 = no adversary
-        r1_weight=10.0,  # gradient penalty of the adversary
+        discriminator_weight=0.1,  # 0 = no discriminator
+        r1_weight=10.0,  # gradient penalty of the discriminator
         perceptual_weight=0.1,
         perceptual_weights="",  # torchvision's vgg16 .pth or .safetensors; "" = no perceptual term
         lpips_weights="",  # LPIPS' v0.1/vgg .pth or .safetensors, for the evaluation, with perceptual_weights; "" = no LPIPS
@@ -297,7 +297,7 @@ def tiny(config):
     small_tokenizer = tokenizer(16, 8, (1, 2, 2), 32, 8, num_groups=4, num_res_blocks=1)
     if config.task == "tokenizer":
         model.net = ConfigDict(small_tokenizer)
-        model.adversary.update(channels=8, max_channels=8)
+        model.discriminator.update(channels=8, max_channels=8)
     elif config.task == "classification":
         model.net.encoder.update(TINY_VIT)
     elif config.task == "linear_probe":

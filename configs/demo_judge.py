@@ -1,7 +1,7 @@
 """Demo: a classifier of the generated shapes, which then judges samples; half a minute on two CPU cores.
 
     python -m addp_jax.main --config=configs/demo_judge.py --workdir=runs/demo/judge
-    python -m addp_jax.judge --judge=runs/demo/judge --samples=runs/demo/addp/generated/samples.npz
+    python -m addp_jax.measuring.judge --judge=runs/demo/judge --samples=runs/demo/addp/generated/samples.npz
 """
 
 from configs import base, demo

@@ -17,7 +17,7 @@ flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags
 
 import pytest  # noqa: E402
 
-from addp_jax import partition  # noqa: E402
+from addp_jax import partition
 
 
 def pytest_configure(config):
@@ -48,14 +48,14 @@ def trained(tmp_path_factory):
     """Work directories of the three tiny stages, trained once."""
     import programs
 
-    from addp_jax import train
+    from addp_jax.training import loop
 
     root = tmp_path_factory.mktemp("trained")
-    train.train(programs.config("demo_tokenizer"), str(root / "tokenizer"))
+    loop.train(programs.config("demo_tokenizer"), str(root / "tokenizer"))
     weights = {"model__tokenizer_weights": str(root / "tokenizer")}
-    train.train(programs.config("demo_predictor", **weights), str(root / "predictor"))
+    loop.train(programs.config("demo_predictor", **weights), str(root / "predictor"))
     weights["model__predictor_weights"] = str(root / "predictor")
-    train.train(programs.config("demo_addp", **weights), str(root / "addp"))
+    loop.train(programs.config("demo_addp", **weights), str(root / "addp"))
     return root
 
 

@@ -4,7 +4,7 @@ import importlib
 import pathlib
 import sys
 
-from addp_jax import schema, train
+from addp_jax import modes, program
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # configs import configs.base
@@ -24,5 +24,5 @@ def fields(name: str, arg: str = "tiny", **changes):
     return config
 
 
-def config(name: str, arg: str = "tiny", **changes) -> train.Config:
-    return schema.build(train.Config, fields(name, arg, **changes).to_dict())
+def config(name: str, arg: str = "tiny", **changes) -> program.Config:
+    return modes.split(fields(name, arg, **changes).to_dict())[0]

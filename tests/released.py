@@ -11,12 +11,13 @@ import pathlib
 
 import numpy as np
 
-from addp_jax.interop import pytorch
-from addp_jax.models import layers, pixel_to_token, token_predictor, tokenizer, vit
+from addp_jax.codecs import vqgan
+from addp_jax.models import layers, pixel_to_token, token_predictor, vit
+from addp_jax.weights import pytorch
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 TRANSFORMER = functools.partial(layers.TransformerConfig, width=64, depth=2)
-TOKENIZER = tokenizer.Config(channels=32, multipliers=(1, 1, 2, 2, 2))
+TOKENIZER = vqgan.Config(channels=32, multipliers=(1, 1, 2, 2, 2))
 PREDICTOR = token_predictor.Config(TRANSFORMER(heads=4), TRANSFORMER(heads=2))
 ADDP = pixel_to_token.Config(vit.Config(64, 2, 4), TRANSFORMER(heads=2))
 

@@ -6,7 +6,8 @@ import jax
 import pytest
 
 import programs
-from addp_jax import benchmark, flops, partition
+from addp_jax import partition
+from addp_jax.planning import benchmark, flops
 
 PARTS = {
     "training step": {

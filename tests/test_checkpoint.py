@@ -17,7 +17,8 @@ import numpy as np
 import optax
 import pytest
 
-from addp_jax import checkpoint, errors, files, lock, manifest, parameters, provenance
+from addp_jax import errors, files, parameters
+from addp_jax.weights import checkpoint, lock, manifest, provenance
 
 IDENTITY = {"model": {"width": 8, "depth": 2}, "seed": 0, "teacher": "0123456789abcdef"}
 KILLS = 3

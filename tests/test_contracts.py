@@ -10,7 +10,11 @@ import programs
 import pytest
 from PIL import Image
 
-from addp_jax import checkpoint, evaluate, generate, optim, predict, processes, robustness, schema, tasks, train
+from addp_jax import optim, processes, program, schema, tasks
+from addp_jax.generation import generate
+from addp_jax.recognition import predict, robustness
+from addp_jax.training import evaluate, log, loop
+from addp_jax.weights import checkpoint
 
 DEMO = [name for name in programs.names() if name.startswith("demo")]
 REAL = [name for name in programs.names() if name not in DEMO]
@@ -34,7 +38,7 @@ def leaves(path):
 def test_config_declares_every_field_of_its_dataclasses(name):
     """What is not declared cannot be set on the command line."""
     fields = programs.fields(name, "").to_dict()
-    built = schema.build(train.Config, fields)
+    built = schema.build(program.Config, fields)
     task = tasks.create(built.task, built.model, np.float32)
     generator = schema.build(generate.Config, built.generate, "config.generate")
     assert declared(fields) == declared(dataclasses.asdict(built)), "run fields"
@@ -63,7 +67,7 @@ def test_tiny_run_trains_and_evaluates(name, trained, tmp_path):
 
 
 def train_whole(config, workdir):
-    train.train(config, str(workdir))
+    loop.train(config, str(workdir))
     log = (workdir / "log.jsonl").read_text()
     assert '"train/loss"' in log and '"eval/' in log
     assert (workdir / "curves.png").exists() and list((workdir / "pictures").glob("*.png"))
@@ -76,15 +80,15 @@ def test_tiny_run_resumes_bit_exactly_and_evaluates(name, trained, tmp_path):
     interrupted = str(tmp_path / "parts")
     stop_after(config, interrupted, 2)
     assert checkpoint.load_params(interrupted, ema=False)[1]["step"] == 2
-    train.train(config, interrupted)
+    loop.train(config, interrupted)
     for one, other in zip(leaves(tmp_path / "whole"), leaves(interrupted), strict=True):
         np.testing.assert_array_equal(one, other)
-    evaluate.evaluate(train.build(config, num_train=config.batch_size), interrupted)
+    evaluate.evaluate(program.create_training(config, num_train=config.batch_size), interrupted)
 
 
 def stop_after(config, workdir, steps):
     """Train as far as `steps`, as if SIGTERM had come then."""
-    original, done = train.Log.add, []
+    original, done = log.Log.add, []
 
     class Stopping(processes.Interrupt):
         def after(self, step):
@@ -97,21 +101,21 @@ def stop_after(config, workdir, steps):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "Interrupt", Stopping)
-        patch.setattr(train.Log, "add", count)
+        patch.setattr(log.Log, "add", count)
         with pytest.raises(SystemExit) as stopped:
-            train.train(config, workdir)
+            loop.train(config, workdir)
     assert stopped.value.code == 143
 
 
 @pytest.mark.parametrize("name", [name for name in DEMO if "sampler" in programs.fields(name).model])
 def test_generation_writes_its_files_and_depends_on_the_seed_alone(name, trained, tmp_path):
     config = programs.config(name, **weights_for(name, trained))
-    train.train(config, str(tmp_path / "run"))
-    program = train.build(config, num_train=config.batch_size)
+    loop.train(config, str(tmp_path / "run"))
+    run = program.create_training(config, num_train=config.batch_size)
     found = {}
     for label, batch_size, seed in (("a", 4, 0), ("b", 3, 0), ("c", 4, 1)):
         settings = generate.Config(num_images=5, batch_size=batch_size, seed=seed, output=str(tmp_path / label), strips=2)
-        generate.generate(program, settings, str(tmp_path / "run"))
+        generate.generate(run, settings, str(tmp_path / "run"))
         found[label] = np.load(tmp_path / label / "samples.npz")["arr_0"]
         assert sorted(file.name for file in (tmp_path / label).iterdir()) == FILES
     assert found["a"].shape == (5, 16, 16, 3) and found["a"].dtype == np.uint8
@@ -167,8 +171,8 @@ def test_the_chain_runs_on_a_folder_of_jpegs_of_mixed_sizes(tmp_path):
     weights = {}
     for name, run in (("demo_tokenizer", "tokenizer"), ("demo_predictor", "predictor"), ("demo_addp", "addp")):
         config = programs.config(name, **data, **weights)
-        train.train(config, str(tmp_path / run))
+        loop.train(config, str(tmp_path / run))
         weights[f"model__{run}_weights"] = str(tmp_path / run)
     settings = generate.Config(images=str(tmp_path / "photos"), mask_ratio=0.5, output=str(tmp_path / "out"))
-    generate.generate(train.build(config, num_train=config.batch_size), settings, str(tmp_path / "addp"))
+    generate.generate(program.create_training(config, num_train=config.batch_size), settings, str(tmp_path / "addp"))
     assert np.load(tmp_path / "out" / "samples.npz")["arr_0"].shape == (20, 16, 16, 3)

@@ -14,9 +14,11 @@ import released
 import test_main
 from safetensors import numpy as safetensors_numpy
 
-from addp_jax import checkpoint, errors, parameters, partition, train
-from addp_jax.interop import convert, layouts, weights
-from addp_jax.models import token_predictor, tokenizer
+from addp_jax import errors, parameters, partition, weights
+from addp_jax.codecs import vqgan
+from addp_jax.models import token_predictor
+from addp_jax.training import loop
+from addp_jax.weights import checkpoint, convert, layouts
 
 ROUND_TRIP = 1e-4  # largest deviation over largest magnitude, of logits and of input gradients
 MASKED = 9  # of the tiny image's 16 tokens
@@ -28,7 +30,7 @@ def program(root, **changes):
     """The tiny ADDP config on two devices, parameters split over them, with frozen networks from `root`."""
     paths = {f"model__{field}_weights": str(root / name) for field, name in zip(("tokenizer", "predictor"), FROZEN)}
     config = programs.config("demo_addp", **paths | dict(optim__ema_decay=0.5) | changes)
-    return train.build(config, num_train=8, mesh=partition.make_mesh(partition.Config(data=1, fsdp=2), jax.devices()[:2]))
+    return program.create_training(config, num_train=8, mesh=partition.make_mesh(partition.Config(data=1, fsdp=2), jax.devices()[:2]))
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +38,12 @@ def runs(tmp_path_factory):
     """Run folders `tokenizer` and `token_predictor`, random, and `addp`, trained with them for two steps."""
     root = tmp_path_factory.mktemp("runs")
     run = program(root)
-    for module, net, name in ((tokenizer, run.task.tokenizer, "tokenizer"), (token_predictor, run.task.predictor, "token_predictor")):
+    for module, net, name in ((vqgan, run.task.tokenizer, "tokenizer"), (token_predictor, run.task.predictor, "token_predictor")):
         params = jax.jit(functools.partial(module.init, net))(jax.random.key(7))
         checkpoint.save_params(root / name, {name: jax.tree.map(np.asarray, params)}, {})
     with jax.set_mesh(run.mesh):
         frozen, state = run.task.load_frozen(), run.init(jax.random.key(0))
-        with contextlib.closing(checkpoint.Checkpointer(root / "addp", run.config.checkpoint, train.identity(run, frozen, {}))) as saver:
+        with contextlib.closing(checkpoint.Checkpointer(root / "addp", run.config.checkpoint, loop.identity(run, frozen, {}))) as saver:
             for seed in range(2):
                 batch = {"image": np.random.default_rng(seed).integers(0, 256, (8, 16, 16, 3), np.uint8)}
                 state, _ = run.step(state, frozen, batch)
@@ -132,7 +134,7 @@ def test_an_exported_encoder_gives_the_same_features_and_gradients_in_pytorch(to
 def test_an_exported_classifier_gives_the_same_logits_and_gradients_in_pytorch(torch, tmp_path):
     import twin
 
-    task = train.build(programs.config("vitb_in1k"), num_train=8).task
+    task = program.create_training(programs.config("vitb_in1k"), num_train=8).task
     params = jax.tree.map(np.array, jax.jit(task.init)(jax.random.key(3)))
     params["classifier"]["dense_out"]["kernel"] *= 1e4  # it starts near 0
     checkpoint.save_params(tmp_path / "run", params, {})
@@ -281,19 +283,19 @@ def test_a_run_starts_from_the_weights_it_is_given(tmp_path):
     """At the smallest learning rate it also ends with them. Other weights make it another run, wherever they are."""
     still = functools.partial(programs.config, "demo_judge", steps=1, eval_batches=1, optim__warmup_steps=0, optim__base_lr=1e-30)
     given, moved, ended = (str(tmp_path / name) for name in ("given", "moved", "ended"))
-    run = train.build(still(), num_train=8)
+    run = program.create_training(still(), num_train=8)
     with jax.set_mesh(run.mesh):
         params = jax.tree.map(np.asarray, run.init(jax.random.key(5)).params)
     checkpoint.save_params(given, params, {})
-    train.train(still(init=given), ended)
+    loop.train(still(init=given), ended)
     for one, other in zip(jax.tree.leaves(checkpoint.load_params(ended, ema=True)[0]), jax.tree.leaves(params), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-20, rtol=0)
     shutil.move(given, moved)
-    train.train(still(init=moved), ended)
+    loop.train(still(init=moved), ended)
     with pytest.raises(errors.UserError, match="init.* is 'absent'.*use another --workdir"):
-        train.train(still(), ended)
+        loop.train(still(), ended)
     with pytest.raises(errors.UserError, match="^config.init: nothing at /nowhere"):
-        train.train(still(init="/nowhere"), str(tmp_path / "run"))
+        loop.train(still(init="/nowhere"), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -302,9 +304,9 @@ def test_another_network_to_start_from_is_refused(runs):
         weights.fit(weights.read(str(runs / "tokenizer")), program(runs).state.params, "here")
 
 
-def test_only_an_adversary_may_be_missing(runs):
+def test_only_an_discriminator_may_be_missing(runs):
     tree = weights.read(str(runs / "tokenizer"))
-    assert_same(weights.fit(tree, tree | {"adversary": {"kernel": np.zeros(2)}}, "here"), tree)
+    assert_same(weights.fit(tree, tree | {"discriminator": {"kernel": np.zeros(2)}}, "here"), tree)
     with pytest.raises(errors.UserError, match="here: parameters do not fit: other/kernel"):
         weights.fit(tree, tree | {"other": {"kernel": np.zeros(2)}}, "here")
 

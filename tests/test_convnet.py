@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from addp_jax import errors, partition, tasks, writers
+from addp_jax import errors, partition, pictures, tasks
 from addp_jax.data import pipeline
 from addp_jax.models import convnet
 from addp_jax.tasks import convnet as task_convnet
@@ -148,6 +148,6 @@ def test_a_label_outside_the_classes_is_refused(label):
 
 def test_contact_sheet_has_each_image_above_its_caption():
     images = np.stack([np.full((20, 30, 3), shade, np.uint8) for shade in (10, 20, 30)])
-    sheet = writers.contact_sheet(["a", "b", "c"], images, columns=2)
+    sheet = pictures.contact_sheet(["a", "b", "c"], images, columns=2)
     assert (sheet[2:22, 2:32] == 10).all() and (sheet[2:22, 34:64] == 20).all()
     assert sheet[22:38, 2:32].min() < 128  # the caption's ink

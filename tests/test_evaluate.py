@@ -8,15 +8,18 @@ import numpy as np
 import programs
 import pytest
 
-from addp_jax import checkpoint, errors, evaluate, samplers, train
-from addp_jax.data import pipeline
+from addp_jax import errors, samplers
+from addp_jax.data import part, pipeline
 from addp_jax.metrics import generation
 from addp_jax.models import convnet
+from addp_jax.program import Evaluation, create_training
+from addp_jax.training import evaluate, loop
+from addp_jax.weights import checkpoint
 
 NET = dict(image_size=16, patch_size=2, channels=8, multipliers=(1, 2), num_groups=4, num_classes=8)
 SAME = 1e-4  # relative; float32 features of the same images in other batches
 PREDICTOR = {"model__tokenizer_weights": "random", "model__sampler__steps": 2}
-TOKENIZER = {"model__adversary_weight": 0.0}  # compiles in a fraction of the time
+TOKENIZER = {"model__discriminator_weight": 0.0}  # compiles in a fraction of the time
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def judge(tmp_path_factory):
 def build(name, mesh, **changes):
     """(program, parameters, frozen) of a tiny config."""
     changes |= {"demo_tokenizer": TOKENIZER, "demo_predictor": PREDICTOR}.get(name, {})
-    program = train.build(programs.config(name, **changes), num_train=64, mesh=mesh)
+    program = create_training(programs.config(name, **changes), num_train=64, mesh=mesh)
     return program, program.init(jax.random.key(0)).params, program.task.load_frozen()
 
 
@@ -44,7 +47,7 @@ def test_a_tokenizers_distance_is_that_of_its_reconstructions(mesh, judge):
     program, params, frozen = build("demo_tokenizer", mesh, evaluate__features=judge, evaluate__num_images=11)
     measures, provenance = evaluate.distances(program, params, frozen)
     assert set(measures) == {"rfrechet_11"} and provenance["features"]["network"] == "convnet"
-    source = pipeline.Part(pipeline.open_source(program.config.data, "eval", 16), 11)
+    source = part.Part(pipeline.open_source(program.config.data, "eval", 16), 11)
     transform = program.task.transform("eval", program.config.data)
     real = np.stack([transform(source[i], None)["image"] for i in range(11)])
     made = samplers.to_uint8(program.task.reconstruct(params, frozen, real / np.float32(255)))
@@ -98,11 +101,11 @@ def test_evaluation_in_the_loop_holds_the_distances(mesh, judge):
 def test_mistakes_are_told_before_the_first_step(judge, tmp_path, name, changes, message):
     config = programs.config(name, **{"evaluate__features": judge} | changes)
     with pytest.raises(errors.UserError, match=message):
-        train.train(config, str(tmp_path))
+        loop.train(config, str(tmp_path))
     assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("changes", ({"num_images": 1}, {"batch_size": 0}))
 def test_numbers_out_of_range_name_their_field(changes):
     with pytest.raises(errors.UserError, match=f"config.evaluate.{next(iter(changes))}"):
-        dataclasses.replace(evaluate.Config(), **changes)
+        dataclasses.replace(Evaluation(), **changes)

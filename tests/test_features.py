@@ -6,9 +6,10 @@ import pytest
 import test_inception
 from safetensors.numpy import save_file
 
-from addp_jax import checkpoint, errors, parameters
-from addp_jax.interop import features
+from addp_jax import errors, parameters
+from addp_jax.data import features
 from addp_jax.models import convnet, inception, layers, pixel_to_token, vit
+from addp_jax.weights import checkpoint
 
 CONVNET = dict(image_size=16, patch_size=2, channels=8, multipliers=(1, 2), num_groups=4, num_classes=8)
 BLOCKS = dict(width=16, depth=1, heads=2)

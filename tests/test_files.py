@@ -17,16 +17,16 @@ import pytest
 from flax import serialization
 from safetensors import numpy as safetensors_numpy
 
-from addp_jax import errors
-from addp_jax.interop import convert, files, pytorch
-from addp_jax.models import tokenizer
+from addp_jax import errors, files
+from addp_jax.codecs import vqgan
+from addp_jax.weights import convert, pytorch
 
-CONFIG = tokenizer.Config(8, 4, (1, 2), num_res_blocks=1, num_codes=6, code_width=3, num_groups=2)
+CONFIG = vqgan.Config(8, 4, (1, 2), num_res_blocks=1, num_codes=6, code_width=3, num_groups=2)
 
 
 def tensors() -> dict:
     """A small VQGAN under its official names."""
-    shapes = jax.eval_shape(lambda rng: tokenizer.init(tokenizer.Tokenizer(CONFIG), rng), jax.random.key(0))
+    shapes = jax.eval_shape(lambda rng: vqgan.init(vqgan.Tokenizer(CONFIG), rng), jax.random.key(0))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
     return pytorch.to_torch(params, pytorch.tokenizer_rules(CONFIG))

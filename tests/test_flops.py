@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from addp_jax import flops, partition
+from addp_jax import partition
 from addp_jax.models import layers
+from addp_jax.planning import flops
 
 ROWS, INNER, COLUMNS = 6, 5, 7
 PRODUCT = 2 * ROWS * INNER * COLUMNS

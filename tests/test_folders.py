@@ -7,8 +7,10 @@ import programs
 import pytest
 from PIL import Image
 
-from addp_jax import check, errors, program, tasks
-from addp_jax.data import pack, pipeline, prepared, sources, walk
+from addp_jax import errors, program, tasks
+from addp_jax.data import class_names, pack, part, pipeline, walk
+from addp_jax.data.sources import array_record, image_folder, meta_list
+from addp_jax.training import check
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +41,7 @@ def test_folders_without_images_are_no_classes_and_are_named(tmp_path, capsys):
     (tmp_path / "train" / "notes" / "a.txt").write_text("no image")
     write(tmp_path / "train" / "__MACOSX", 1)  # what archives leave behind is no class even with images
     for split in ("train", "eval"):
-        source = sources.ImageFolder(str(tmp_path), split)
+        source = image_folder.ImageFolder(str(tmp_path), split)
         assert source.classes == ("apple", "boat", "car") and sorted(set(source.labels)) == [0, 1, 2]
     assert "notes" in capsys.readouterr().err
 
@@ -47,12 +49,12 @@ def test_folders_without_images_are_no_classes_and_are_named(tmp_path, capsys):
 def test_labels_follow_the_training_split_and_extra_classes_are_refused(tmp_path, capsys):
     splits(tmp_path)
     write(tmp_path / "train" / "aardvark")
-    source = sources.ImageFolder(str(tmp_path), "eval")
+    source = image_folder.ImageFolder(str(tmp_path), "eval")
     assert source.classes[0] == "aardvark" and min(source.labels) == 1
     assert "no images of 1 classes: aardvark" in capsys.readouterr().err
     write(tmp_path / "val" / "zebra", 1)
     with pytest.raises(errors.UserError, match="has classes that .* lacks: zebra"):
-        sources.ImageFolder(str(tmp_path), "eval")
+        image_folder.ImageFolder(str(tmp_path), "eval")
 
 
 def test_an_evaluation_split_without_class_folders_has_no_labels(tmp_path):
@@ -60,18 +62,18 @@ def test_an_evaluation_split_without_class_folders_has_no_labels(tmp_path):
     write(tmp_path / "flat" / "val", 3)
     (tmp_path / "flat" / "train").symlink_to(tmp_path / "train")
     config = pipeline.Config(source="image_folder", path=str(tmp_path / "flat"))
-    assert set(sources.ImageFolder(config.path, "eval").labels) == {walk.UNKNOWN}
+    assert set(image_folder.ImageFolder(config.path, "eval").labels) == {walk.UNKNOWN}
     classifier = program.create(programs.config("demo_classification", data__source="image_folder", data__num_train=0,
         data__num_eval=0, data__path=config.path, model__net__num_classes=3, model__encoder_weights=""))  # fmt: skip
     with pytest.raises(errors.UserError, match="does not tell the classes"):
         classifier.source("eval")
     tokenizer = tasks.create("tokenizer", {**programs.config("demo_tokenizer").model}, np.float32)
-    assert len(tasks.open_source(tokenizer, "eval", config)) == 3  # needs no labels
+    assert len(tokenizer.open_source("eval", config)) == 3  # needs no labels
 
 
 @pytest.mark.parametrize("num_classes, message", [(2, "num_classes = 2, but the data has 3 classes: apple; boat; car"), (3, ""), (9, "")])
 def test_the_number_of_classes_is_compared_and_differences_are_named(tmp_path, capsys, num_classes, message):
-    source = sources.ImageFolder(str(splits(tmp_path)), "train")
+    source = image_folder.ImageFolder(str(splits(tmp_path)), "train")
     if message:
         with pytest.raises(errors.UserError, match=message):
             tasks.check_classes(source, num_classes)
@@ -83,7 +85,7 @@ def test_the_number_of_classes_is_compared_and_differences_are_named(tmp_path, c
 @pytest.mark.parametrize("layout", ("a", "."))
 def test_one_class_or_none_is_no_classification(tmp_path, layout):
     write(tmp_path / layout, 30)
-    for source in (sources.ImageFolder(str(tmp_path)), pipeline.Part(sources.ImageFolder(str(tmp_path)), 5)):
+    for source in (image_folder.ImageFolder(str(tmp_path)), part.Part(image_folder.ImageFolder(str(tmp_path)), 5)):
         with pytest.raises(errors.UserError, match="does not tell the classes"):
             tasks.check_classes(source, 1000)
 
@@ -91,7 +93,7 @@ def test_one_class_or_none_is_no_classification(tmp_path, layout):
 def test_splits_one_folder_deeper_are_pointed_at(tmp_path):
     splits(tmp_path / "Data")
     with pytest.raises(errors.UserError, match="one folder deeper; set it to .*Data"):
-        sources.ImageFolder(str(tmp_path))
+        image_folder.ImageFolder(str(tmp_path))
 
 
 def test_links_in_circles_end_and_every_image_comes_once(tmp_path):
@@ -100,9 +102,9 @@ def test_links_in_circles_end_and_every_image_comes_once(tmp_path):
         (tmp_path / name / "up").symlink_to("..")
         (tmp_path / name / "deep").mkdir()
         (tmp_path / name / "deep" / "home").symlink_to(tmp_path)
-    source = sources.ImageFolder(str(tmp_path), hold_out=False)
+    source = image_folder.ImageFolder(str(tmp_path), hold_out=False)
     assert len(source) == 16 and list(source.labels) == [0] * 8 + [1] * 8
-    assert len(sources.open_folder(str(tmp_path), "x")) == 16
+    assert len(image_folder.open_folder(str(tmp_path), "x")) == 16
 
 
 def test_a_linked_class_and_a_linked_image_are_followed(tmp_path):
@@ -110,7 +112,7 @@ def test_a_linked_class_and_a_linked_image_are_followed(tmp_path):
     write(tmp_path / "data" / "boat", 2)
     (tmp_path / "data" / "apple").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data" / "boat" / "link.png").symlink_to(tmp_path / "elsewhere" / "0.png")
-    source = sources.ImageFolder(str(tmp_path / "data"), hold_out=False)
+    source = image_folder.ImageFolder(str(tmp_path / "data"), hold_out=False)
     assert list(source.labels) == [0] * 3 + [1] * 3
 
 
@@ -119,30 +121,30 @@ def test_other_kinds_of_files_are_counted_and_all_promised_ones_are_read(tmp_pat
         Image.new("RGB", (8, 8)).save(tmp_path / f"x.{ending}", kind)
     for name in ("a.heic", "b.heic", "notes.txt", "README"):
         (tmp_path / name).write_bytes(b"x")
-    assert len(sources.ImageFolder(str(tmp_path), hold_out=False)) == 6
+    assert len(image_folder.ImageFolder(str(tmp_path), hold_out=False)) == 6
     assert "left out 4 files that are no images (2 .heic, " in capsys.readouterr().err
 
 
 def test_pipes_are_left_out_by_name(tmp_path, capsys):
     write(tmp_path / "a", 3)
     os.mkfifo(tmp_path / "a" / "pipe.png")
-    assert len(sources.ImageFolder(str(tmp_path), hold_out=False)) == 3
+    assert len(image_folder.ImageFolder(str(tmp_path), hold_out=False)) == 3
     assert "pipe.png" in capsys.readouterr().err
 
 
 def test_loose_images_beside_classes_are_counted(tmp_path, capsys):
     write(tmp_path / "a", 3), write(tmp_path, 2)
-    assert len(sources.ImageFolder(str(tmp_path), hold_out=False)) == 3
+    assert len(image_folder.ImageFolder(str(tmp_path), hold_out=False)) == 3
     assert "left out 2 images beside the class folders" in capsys.readouterr().err
 
 
 def test_held_out_images_are_announced_and_can_be_switched_off(tmp_path, capsys):
     write(tmp_path / "a", 20), write(tmp_path / "b", 20)
-    assert (len(sources.ImageFolder(str(tmp_path))), len(sources.ImageFolder(str(tmp_path), "eval"))) == (38, 2)
+    assert (len(image_folder.ImageFolder(str(tmp_path))), len(image_folder.ImageFolder(str(tmp_path), "eval"))) == (38, 2)
     assert capsys.readouterr().err.count("2 of 40 images are held out") == 1
-    assert len(sources.ImageFolder(str(tmp_path), hold_out=False)) == 40
+    assert len(image_folder.ImageFolder(str(tmp_path), hold_out=False)) == 40
     with pytest.raises(errors.UserError, match="config.data.hold_out=False: .* has no evaluation images"):
-        sources.ImageFolder(str(tmp_path), "eval", hold_out=False)
+        image_folder.ImageFolder(str(tmp_path), "eval", hold_out=False)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +156,7 @@ def test_lines_of_a_list_are_checked_one_by_one(tmp_path, line):
     (tmp_path / "meta").mkdir()
     (tmp_path / "meta" / "train.txt").write_text(f"0.png 0\n{line}\n", encoding="utf-8")
     with pytest.raises(errors.UserError, match="train.txt line 2: ") as caught:
-        sources.MetaList(str(tmp_path))
+        meta_list.MetaList(str(tmp_path))
     assert len(str(caught.value)) < 500 and str(caught.value).isprintable()
 
 
@@ -162,14 +164,14 @@ def test_a_list_with_a_byte_order_mark(tmp_path):
     write(tmp_path / "train", 2)
     (tmp_path / "meta").mkdir()
     (tmp_path / "meta" / "train.txt").write_bytes(b"\xef\xbb\xbf0.png 0\r\n1.png 1\r\n")
-    assert list(sources.MetaList(str(tmp_path)).labels) == [0, 1]
+    assert list(meta_list.MetaList(str(tmp_path)).labels) == [0, 1]
 
 
 def test_a_part_is_one_of_each_stretch(tmp_path):
     for name in "abc":
         write(tmp_path / name, 20)
-    part = pipeline.Part(sources.ImageFolder(str(tmp_path), hold_out=False), 9)
-    assert np.bincount([part[i]["label"] for i in range(9)]).tolist() == [3, 3, 3]
+    nine = part.Part(image_folder.ImageFolder(str(tmp_path), hold_out=False), 9)
+    assert np.bincount([nine[i]["label"] for i in range(9)]).tolist() == [3, 3, 3]
 
 
 # --- fingerprints -------------------------------------------------------------------------------------------------------
@@ -177,26 +179,26 @@ def test_a_part_is_one_of_each_stretch(tmp_path):
 
 def test_a_fingerprint_survives_moving_and_notices_changes(tmp_path):
     splits(tmp_path / "one")
-    first = sources.ImageFolder(str(tmp_path / "one"))
+    first = image_folder.ImageFolder(str(tmp_path / "one"))
     os.rename(tmp_path / "one", tmp_path / "two")
-    moved = sources.ImageFolder(f"{tmp_path / 'two'}/")
-    assert sources.fingerprint(first) == sources.fingerprint(moved)
+    moved = image_folder.ImageFolder(f"{tmp_path / 'two'}/")
+    assert first.fingerprint() == moved.fingerprint()
     image = tmp_path / "two" / "train" / "apple" / "0.png"
     data = bytearray(image.read_bytes())
-    timed = sources.fingerprint(moved, times=True)
+    timed = moved.fingerprint(times=True)
     data[-20] ^= 1
     image.write_bytes(data)  # of the same size
-    again = sources.ImageFolder(str(tmp_path / "two"))
-    assert sources.fingerprint(again) == sources.fingerprint(first) and sources.fingerprint(again, times=True) != timed
+    again = image_folder.ImageFolder(str(tmp_path / "two"))
+    assert again.fingerprint() == first.fingerprint() and again.fingerprint(times=True) != timed
     image.write_bytes(data + b"\0")
-    assert sources.fingerprint(sources.ImageFolder(str(tmp_path / "two"))) != sources.fingerprint(first)
+    assert image_folder.ImageFolder(str(tmp_path / "two")).fingerprint() != first.fingerprint()
 
 
 def test_a_part_of_a_moved_folder_keeps_its_fingerprint(tmp_path):
     write(tmp_path / "one" / "a", 6), write(tmp_path / "one" / "b", 6)
-    before = sources.fingerprint(pipeline.Part(sources.ImageFolder(str(tmp_path / "one"), hold_out=False), 4))
+    before = part.Part(image_folder.ImageFolder(str(tmp_path / "one"), hold_out=False), 4).fingerprint()
     os.rename(tmp_path / "one", tmp_path / "two")
-    assert before == sources.fingerprint(pipeline.Part(sources.ImageFolder(str(tmp_path / "two"), hold_out=False), 4))
+    assert before == part.Part(image_folder.ImageFolder(str(tmp_path / "two"), hold_out=False), 4).fingerprint()
 
 
 # --- packing ------------------------------------------------------------------------------------------------------------
@@ -207,7 +209,7 @@ def test_packing_the_folder_of_a_split_packs_all_of_it(tmp_path):
     pack.pack(str(tmp_path / "im" / "val"), str(tmp_path / "shards"), "val")
     pack.pack(str(tmp_path / "im" / "train"), str(tmp_path / "shards"), "train")
     pack.pack(str(tmp_path / "im"), str(tmp_path / "both"), "val")
-    lengths = [len(prepared.ArrayRecord(str(tmp_path / place), split)) for place, split in
+    lengths = [len(array_record.ArrayRecord(str(tmp_path / place), split)) for place, split in
                (("shards", "val"), ("shards", "train"), ("both", "val"))]  # fmt: skip
     assert lengths == [60, 60, 60]
 
@@ -218,7 +220,7 @@ def test_a_damaged_shard_is_named(tmp_path):
     shard = tmp_path / "shards" / "train-00001-of-00003.array_record"
     shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.raises(errors.UserError, match="train-00001-of-00003.array_record is damaged"):
-        prepared.ArrayRecord(str(tmp_path / "shards"), "train")
+        array_record.ArrayRecord(str(tmp_path / "shards"), "train")
 
 
 # --- unreadable images --------------------------------------------------------------------------------------------------
@@ -301,7 +303,7 @@ def test_links_to_themselves_and_to_folders_above_bring_nothing(tmp_path):
     (tmp_path / "data" / "apple" / "me").symlink_to("me")
     (tmp_path / "data" / "loop").symlink_to("loop")
     (tmp_path / "data" / "boat" / "above").symlink_to(tmp_path)
-    source = sources.ImageFolder(str(tmp_path / "data"), hold_out=False)
+    source = image_folder.ImageFolder(str(tmp_path / "data"), hold_out=False)
     assert source.classes == ("apple", "boat") and len(source) == 8
 
 
@@ -313,7 +315,7 @@ def test_a_folder_of_pipes_is_no_class_and_a_deep_one_is(tmp_path):
     deep = os.path.join(str(tmp_path / "deep"), *["d"] * 400)
     os.makedirs(deep)
     Image.new("RGB", (4, 4)).save(os.path.join(deep, "0.png"))
-    assert sources.ImageFolder(str(tmp_path), hold_out=False).classes == ("a", "c", "deep")
+    assert image_folder.ImageFolder(str(tmp_path), hold_out=False).classes == ("a", "c", "deep")
 
 
 @pytest.mark.parametrize("names", [("Train", "Validation"), ("training", "test")])
@@ -321,7 +323,7 @@ def test_splits_of_other_names_are_pointed_at(tmp_path, names):
     for name in names:
         write(tmp_path / name / "a", 2)
     with pytest.raises(errors.UserError, match="set config.data.train_split and config.data.eval_split"):
-        sources.ImageFolder(str(tmp_path))
+        image_folder.ImageFolder(str(tmp_path))
 
 
 def test_packing_refuses_negative_shards_and_takes_any_file_name(tmp_path):
@@ -331,7 +333,7 @@ def test_packing_refuses_negative_shards_and_takes_any_file_name(tmp_path):
     image = os.fsencode(tmp_path / "im" / "train" / "apple" / "0.png")
     os.rename(image, image[:-5] + b"\xff.png")
     pack.pack(str(tmp_path / "im"), str(tmp_path / "shards"))
-    records = prepared.ArrayRecord(str(tmp_path / "shards"))
+    records = array_record.ArrayRecord(str(tmp_path / "shards"))
     assert any("udcff" in records[i]["path"] for i in range(len(records)))
 
 
@@ -340,12 +342,12 @@ def test_the_names_beside_shards_are_a_list_of_different_names(tmp_path, text):
     pack.pack(str(splits(tmp_path / "im")), str(tmp_path / "shards"))
     (tmp_path / "shards" / "train-classes.json").write_text(text)
     with pytest.raises(errors.UserError, match="train-classes.json"):
-        prepared.ArrayRecord(str(tmp_path / "shards"))
+        array_record.ArrayRecord(str(tmp_path / "shards"))
 
 
 def test_a_part_larger_than_the_whole_and_a_file_without_names(tmp_path):
     with pytest.raises(errors.UserError, match="fewer than the 9 asked for"):
-        pipeline.Part(sources.ImageFolder(str(write(tmp_path / "x", 4)), hold_out=False), 9)
+        part.Part(image_folder.ImageFolder(str(write(tmp_path / "x", 4)), hold_out=False), 9)
     (tmp_path / "names").write_text("\n\n")
     with pytest.raises(errors.UserError, match="holds no names"):
-        pipeline.class_names(str(tmp_path / "names"))
+        class_names.read(str(tmp_path / "names"))

@@ -8,7 +8,8 @@ import programs
 import pytest
 
 from addp_jax import diffusion, schema
-from addp_jax.models import pixel_to_token, token_predictor, tokenizer
+from addp_jax.codecs import vqgan
+from addp_jax.models import pixel_to_token, token_predictor
 from addp_jax.tasks import addp
 from addp_jax.tasks import token_predictor as predictor_task
 
@@ -43,7 +44,7 @@ def shapes(name):
     inits = {
         "net": functools.partial(pixel_to_token.init, task(name).net),
         "predictor": functools.partial(token_predictor.init, task(name).predictor),
-        "tokenizer": functools.partial(tokenizer.init, task(name).tokenizer),
+        "tokenizer": functools.partial(vqgan.init, task(name).tokenizer),
     }
     return {part: jax.eval_shape(init, jax.random.key(0)) for part, init in inits.items()}
 

@@ -6,7 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from addp_jax import checkpoint, errors, parameters, provenance
+from addp_jax import errors, parameters
+from addp_jax.weights import checkpoint, provenance
 
 MUTANTS = 60
 

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from addp_jax import errors
-from addp_jax.data import image_set, transforms
+from addp_jax.data import transforms
+from addp_jax.measuring import image_set
 
 MUTANTS = 120  # of each format
 

@@ -8,8 +8,7 @@ import pytest
 from flax import serialization
 from safetensors import numpy as safetensors_numpy
 
-from addp_jax import errors
-from addp_jax.interop import files
+from addp_jax import errors, files
 
 STATE = {f"layer.{i}.weight": np.random.default_rng(i).normal(size=(3, i + 2)).astype(np.float32) for i in range(4)}
 KINDS = {"safetensors": "a.safetensors", "zip": "a.pth", "older": "b.pth", "msgpack": "a.msgpack"}

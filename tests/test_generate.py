@@ -15,7 +15,9 @@ import programs
 import pytest
 from PIL import Image
 
-from addp_jax import errors, evaluate, generate, samplers, sweep, train
+from addp_jax import errors, samplers
+from addp_jax.generation import generate, sweep
+from addp_jax.training import evaluate
 
 S = 16
 STEPS = {"model__sampler__steps": 3}
@@ -38,7 +40,7 @@ def weights(trained):
 
 @pytest.fixture(scope="module")
 def program(weights, mesh):
-    return train.build(programs.config("demo_addp", **weights, **STEPS), num_train=8, mesh=mesh)
+    return program.create_training(programs.config("demo_addp", **weights, **STEPS), num_train=8, mesh=mesh)
 
 
 @pytest.fixture(scope="module")

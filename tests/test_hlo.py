@@ -2,7 +2,7 @@
 
 import pytest
 
-from addp_jax import hlo
+from addp_jax.planning import hlo
 
 CYCLES = 'backend_config={"window_config":{"estimated_cycles":"%s"}}'
 TEXT = """HloModule jit_step, is_scheduled=true

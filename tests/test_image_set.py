@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from addp_jax import errors
-from addp_jax.data import image_set, pipeline
+from addp_jax.data import part
+from addp_jax.measuring import image_set
 
 
 def pictures(count, size=(6, 8)):
@@ -43,7 +44,7 @@ def test_a_folder_and_an_npz_hold_the_same_images(tmp_path, save_npz):
     for path in (save(tmp_path, expected), tmp_path / "images.npz"):
         np.testing.assert_array_equal(read(path), expected)
         np.testing.assert_array_equal(read(path, limit=10, batch_size=16), expected)
-        np.testing.assert_array_equal(read(path, limit=4), expected[pipeline.spread(10, 4)])
+        np.testing.assert_array_equal(read(path, limit=4), expected[part.spread(10, 4)])
 
 
 def test_the_hash_is_of_content_and_order_not_of_names(tmp_path):

@@ -8,10 +8,11 @@ import numpy as np
 import programs
 import pytest
 
-from addp_jax import errors, parameters, schema
-from addp_jax.interop import pytorch, weights
-from addp_jax.models import pixel_to_token, token_predictor, tokenizer
+from addp_jax import errors, parameters, schema, weights
+from addp_jax.codecs import vqgan
+from addp_jax.models import pixel_to_token, token_predictor
 from addp_jax.tasks import addp
+from addp_jax.weights import pytorch
 
 NETWORKS = ("pixel_to_token", "token_predictor", "tokenizer")
 
@@ -24,7 +25,7 @@ def network(name, config="demo_addp", arg="tiny"):
     parts = {
         "pixel_to_token": (pixel_to_token, task.net, pytorch.addp_rules()),
         "token_predictor": (token_predictor, task.predictor, pytorch.predictor_rules()),
-        "tokenizer": (tokenizer, task.tokenizer, pytorch.tokenizer_rules(task.tokenizer.config)),
+        "tokenizer": (vqgan, task.tokenizer, pytorch.tokenizer_rules(task.tokenizer.config)),
     }
     module, net, rules = parts[name]
     return rules, jax.eval_shape(functools.partial(module.init, net), jax.random.key(0))
@@ -54,8 +55,8 @@ def test_every_parameter_has_exactly_one_torch_name(name, config):
 
 @pytest.mark.parametrize("multipliers", [(1,), (2,), (1, 1, 1), (1, 2, 1), (2, 1, 3), (1, 1, 2, 2, 4)])
 def test_tokenizers_of_any_widths_have_names(multipliers):
-    config = tokenizer.Config(16, 4, multipliers, num_res_blocks=2, num_codes=5, code_width=3, num_groups=2)
-    shapes = jax.eval_shape(functools.partial(tokenizer.init, tokenizer.Tokenizer(config)), jax.random.key(0))
+    config = vqgan.Config(image_size=16, channels=4, multipliers=multipliers, num_res_blocks=2, num_codes=5, code_width=3, num_groups=2)
+    shapes = jax.eval_shape(functools.partial(vqgan.init, vqgan.Tokenizer(config)), jax.random.key(0))
     assert_every_parameter_has_one_name(pytorch.tokenizer_rules(config), shapes)
 
 

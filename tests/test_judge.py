@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from addp_jax import checkpoint, errors, judge, optim, partition, train
-from addp_jax.data import pipeline, shapes
+from addp_jax import errors, optim, partition, program
+from addp_jax.data import pipeline
+from addp_jax.data.sources import shapes
+from addp_jax.measuring import judge
+from addp_jax.training import loop
+from addp_jax.weights import checkpoint
 
 NET = dict(image_size=16, channels=8, multipliers=(1, 2), num_groups=4, num_classes=8)
 
@@ -18,8 +22,8 @@ NET = dict(image_size=16, channels=8, multipliers=(1, 2), num_groups=4, num_clas
 def workdir(tmp_path_factory):
     """A run of two steps: what a judge sees in images does not matter here."""
     path = str(tmp_path_factory.mktemp("judge"))
-    train.train(
-        train.Config(
+    loop.train(
+        program.Config(
             task="convnet", model={"net": NET}, seed=0, batch_size=8, epochs=0.0, steps=2, dtype="float32",
             log_every=1, eval_every=2, eval_batches=1, data=pipeline.Config(num_train=64, num_eval=24, threads=0),
             optim=optim.Config(warmup_steps=1), mesh=partition.Config(), checkpoint=checkpoint.Config(every=2),

@@ -10,8 +10,9 @@ from flax import serialization, traverse_util
 from safetensors import numpy as safetensors_numpy
 
 from addp_jax import errors, parameters
-from addp_jax.interop import layouts, maskgit, pytorch
-from addp_jax.models import layers, pixel_to_token, token_predictor, tokenizer, vit
+from addp_jax.codecs import vqgan
+from addp_jax.models import layers, pixel_to_token, token_predictor, vit
+from addp_jax.weights import layouts, maskgit, pytorch
 
 NETWORKS = {"pixel_to_token": released.addp_params, "token_predictor": released.predictor_params, "tokenizer": released.tokenizer_params}
 HEAD = ("fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias")
@@ -196,8 +197,8 @@ def test_a_network_with_other_parameters_is_not_written():
 @pytest.mark.parametrize("multipliers", [(1,), (2,), (1, 2, 1), (2, 1, 3), (1, 1, 2, 2, 4)])
 @pytest.mark.parametrize("each", [1, 2])
 def test_the_size_of_a_tokenizer_is_found_from_any_names(multipliers, each):
-    config = tokenizer.Config(16, 4, multipliers, each, num_codes=5, code_width=3, num_groups=2)
-    shapes = jax.eval_shape(functools.partial(tokenizer.init, tokenizer.Tokenizer(config)), jax.random.key(0))
+    config = vqgan.Config(image_size=16, channels=4, multipliers=multipliers, num_res_blocks=each, num_codes=5, code_width=3, num_groups=2)
+    shapes = jax.eval_shape(functools.partial(vqgan.init, vqgan.Tokenizer(config)), jax.random.key(0))
     params = jax.tree.map(lambda leaf: np.random.default_rng(0).normal(size=leaf.shape).astype(np.float32), shapes)
     for rules, find in ((pytorch.tokenizer_rules, layouts.vqgan_config), (maskgit.rules, maskgit.config)):
         named = pytorch.to_torch(params, rules(config))
@@ -222,9 +223,9 @@ def test_the_sizes_of_transformers_are_found(depth, decoder_depth, vocabulary):
 
 def test_maskgit_names_are_those_of_the_public_checkpoint():
     """168 arrays and 54,515,587 parameters; which of them are where, from the checkpoint's documented tree."""
-    rules = maskgit.rules(tokenizer.Config())
+    rules = maskgit.rules(vqgan.Config())
     names = {rule.torch: rule.ours[0] for rule in rules}
-    shapes = parameters.named_leaves(layouts.VQGAN.shapes(tokenizer.Config()))
+    shapes = parameters.named_leaves(layouts.VQGAN.shapes(vqgan.Config()))
     assert sorted(names.values()) == sorted(shapes) and len(names) == 168
     assert sum(leaf.size for leaf in shapes.values()) == 54_515_587
     shortcuts = [name.rsplit("/", 2)[0] for name in names if "ResBlock" in name and name.endswith("Conv_2/kernel")]

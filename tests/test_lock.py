@@ -12,7 +12,8 @@ import time
 
 import pytest
 
-from addp_jax import errors, lock
+from addp_jax import errors
+from addp_jax.weights import lock
 
 HOLD = """
 import os, sys, time

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from addp_jax import manifest
+from addp_jax.weights import manifest
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from addp_jax import errors
-from addp_jax.data import own_images
+from addp_jax.generation import own_images
 
 S = 16
 

@@ -12,8 +12,9 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from addp_jax import errors, partition, schema, train
-from addp_jax.models import adversary, pixel_to_token, token_predictor, tokenizer
+from addp_jax import errors, partition, program, schema
+from addp_jax.codecs import vqgan
+from addp_jax.models import discriminator, pixel_to_token, token_predictor
 from addp_jax.tasks import addp
 
 CUBE = AbstractMesh((2, 2, 2), partition.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
@@ -27,7 +28,7 @@ QUICK_COMPILE = {"xla_backend_optimization_level": 0}
 
 @functools.cache
 def shapes(name: str, arg: str = "") -> dict:
-    """{path: shape} of every parameter of every network of an ADDP config, and of an adversary."""
+    """{path: shape} of every parameter of every network of an ADDP config, and of a discriminator."""
     task = addp.Task(schema.build(addp.Config, programs.fields(name, arg).model.to_dict(), "config.model"), jnp.float32)
     size = task.config.tokenizer.image_size
 
@@ -35,8 +36,8 @@ def shapes(name: str, arg: str = "") -> dict:
         return {
             "pixel_to_token": pixel_to_token.init(task.net, rng),
             "token_predictor": token_predictor.init(task.predictor, rng),
-            "tokenizer": tokenizer.init(task.tokenizer, rng),
-            "adversary": adversary.init(adversary.Adversary(adversary.Config()), rng, size),
+            "tokenizer": vqgan.init(task.tokenizer, rng),
+            "discriminator": discriminator.init(discriminator.Discriminator(discriminator.Config()), rng, size),
         }
 
     tree = jax.eval_shape(init, jax.random.key(0))
@@ -210,8 +211,8 @@ def after_one_step(sizes):
     # A first step with a learning rate; eps above the rounding of gradients that are zero in exact arithmetic.
     config = programs.config("demo_addp", optim__warmup_steps=0, optim__eps=1e-5)
     mesh = partition.make_mesh(partition.Config(*sizes), jax.devices()[: int(np.prod(sizes))])
-    run = train.build(config, num_train=64, mesh=mesh)
-    nets = {"tokenizer": (tokenizer, run.task.tokenizer), "token_predictor": (token_predictor, run.task.predictor)}
+    run = program.create_training(config, num_train=64, mesh=mesh)
+    nets = {"tokenizer": (vqgan, run.task.tokenizer), "token_predictor": (token_predictor, run.task.predictor)}
     with jax.set_mesh(mesh):
         inits = {name: jax.eval_shape(functools.partial(module.init, net), jax.random.key(0)) for name, (module, net) in nets.items()}
         frozen = jax.device_put(random_like(inits, 1), partition.replicated(mesh))

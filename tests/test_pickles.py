@@ -17,8 +17,8 @@ from msgpack import ExtType, packb
 from safetensors import numpy as safetensors_numpy
 from test_files import BIAS, CODEBOOK, Command, assert_same, rezipped, save, tensors, torch_state
 
-from addp_jax import errors
-from addp_jax.interop import files, layouts, pickles
+from addp_jax import errors, files
+from addp_jax.weights import layouts, pickles
 
 SECONDS = 5  # within which everything hostile is refused
 

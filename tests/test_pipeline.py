@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from addp_jax import errors, schema
-from addp_jax.data import pipeline, shapes, transforms
+from addp_jax.data import part, pipeline, transforms
+from addp_jax.data.sources import shapes
 
 CONFIG = pipeline.Config()
 
@@ -17,7 +18,7 @@ CONFIG = pipeline.Config()
 class Numbers:
     """Example i is the number i."""
 
-    classes = ()
+    classes, labelled = (), True
 
     def __init__(self, size):
         self.size = size
@@ -232,16 +233,16 @@ def test_part_of_a_source_keeps_every_class(tmp_path):
 @pytest.mark.parametrize("size", [80, 250, 333])
 def test_part_of_a_source_whose_classes_take_turns_keeps_every_class(size):
     source = shapes.Shapes(1000, 0, 8)
-    part = pipeline.Part(source, size)
-    chosen = [int(part[i]["index"]) for i in range(size)]
+    some = part.Part(source, size)
+    chosen = [int(some[i]["index"]) for i in range(size)]
     assert sorted(set(chosen)) == chosen
-    counts = np.bincount([int(part[i]["label"]) for i in range(size)], minlength=len(source.classes))
+    counts = np.bincount([int(some[i]["label"]) for i in range(size)], minlength=len(source.classes))
     assert counts.min() > size / len(source.classes) / 3
 
 
 def test_the_part_that_is_the_whole_is_the_source():
-    part = pipeline.Part(Numbers(17), 17)
-    assert [int(part[i]["number"]) for i in range(17)] == list(range(17))
+    whole = part.Part(Numbers(17), 17)
+    assert [int(whole[i]["number"]) for i in range(17)] == list(range(17))
 
 
 def test_shapes_splits_are_disjoint():
@@ -262,7 +263,7 @@ def test_shapes_have_a_default_size_and_the_wanted_image_size():
 @pytest.mark.parametrize(
     "fields, match",
     [
-        ({"source": "imagefolder"}, "config.data.source = 'imagefolder'; choose shapes"),
+        ({"source": "imagefolder"}, "config.data.source = 'imagefolder'; choose array_record, image_folder"),
         ({"source": "image_folder"}, "config.data.path is empty"),
         ({"num_train": -1}, "config.data.num_train: -1; use at least 0"),
         ({"workers": -1}, "config.data.workers: -1; use at least 0"),

@@ -9,7 +9,8 @@ import types
 import programs
 import pytest
 
-from addp_jax import compile_only, errors, plan, topologies
+from addp_jax import errors
+from addp_jax.planning import compile_only, plan, topologies
 
 GIB = 2**30
 REPORT = {

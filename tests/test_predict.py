@@ -11,9 +11,11 @@ import programs
 import pytest
 from PIL import Image
 
-from addp_jax import checkpoint, errors, predict, robustness, train
-from addp_jax import program as make
+from addp_jax import errors
 from addp_jax.metrics import classification as metrics
+from addp_jax.program import create, create_training
+from addp_jax.recognition import predict, robustness
+from addp_jax.weights import checkpoint
 
 WNIDS = [f"n{number:08d}" for number in range(8)]
 
@@ -21,7 +23,7 @@ WNIDS = [f"n{number:08d}" for number in range(8)]
 @pytest.fixture(scope="module")
 def program():
     config = programs.config("demo_classification", model__encoder_weights="", data__class_names="")
-    return train.build(config, num_train=64)
+    return create_training(config, num_train=64)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def test_features_of_a_folder_are_written_for_other_tools(program, workdir, tmp_
 
 
 def test_features_of_a_frozen_encoder_need_no_trained_probe(tmp_path):
-    program = train.build(programs.config("demo_probe", model__encoder_weights="random"), num_train=256)
+    program = create_training(programs.config("demo_probe", model__encoder_weights="random"), num_train=256)
     images = photos(tmp_path / "own", ["a.png"])
     predict.write_features(program, predict.Config(images, batch_size=8), str(tmp_path / "nothing_here"))
     assert np.load(tmp_path / "nothing_here" / "features" / "features.npz")["features"].shape == (1, 16)
@@ -81,14 +83,14 @@ def test_features_of_a_frozen_encoder_need_no_trained_probe(tmp_path):
 
 def test_class_names_come_from_a_file_or_the_run_else_are_numbers(program, tmp_path, capsys):
     recorded = {"data": {"classes": [f"kind {n}" for n in range(8)]}}
-    assert predict.class_names(program, recorded, "run") == tuple(recorded["data"]["classes"])
-    assert predict.class_names(program, {}, "run") == tuple(f"class {n}" for n in range(8))
+    assert predict.recorded_names(program, recorded, "run") == tuple(recorded["data"]["classes"])
+    assert predict.recorded_names(program, {}, "run") == tuple(f"class {n}" for n in range(8))
     assert "numbered" in capsys.readouterr().out
     named = functools.partial(programs.config, "demo_classification", model__encoder_weights="")
 
     def of(text: bytes):
         (tmp_path / "names.txt").write_bytes(text)
-        return predict.given_names(make.create(named(data__class_names=str(tmp_path / "names.txt"))))
+        return predict.given_names(create(named(data__class_names=str(tmp_path / "names.txt"))))
 
     eight = [f"own {n}" for n in range(8)]
     assert of("\n".join(eight).encode()) == tuple(eight)
@@ -104,7 +106,7 @@ def test_class_names_come_from_a_file_or_the_run_else_are_numbers(program, tmp_p
         with pytest.raises(errors.UserError, match=f"config.data.class_names: .*{message}"):
             of(text)
     with pytest.raises(errors.UserError, match="config.data.class_names"):
-        predict.given_names(make.create(named(data__class_names=str(tmp_path / "no.txt"))))
+        predict.given_names(create(named(data__class_names=str(tmp_path / "no.txt"))))
 
 
 @pytest.mark.parametrize("mode", (predict.predict, predict.write_features))
@@ -145,7 +147,7 @@ def test_what_cannot_be_predicted_is_refused(program, workdir, tmp_path):
         predict.predict(program, predict.Config(), workdir)
     with pytest.raises(errors.UserError, match="config.predict.images: no images"):
         predict.predict(program, predict.Config(str(tmp_path)), workdir)
-    tokenizer = train.build(programs.config("demo_tokenizer"), num_train=64)
+    tokenizer = create_training(programs.config("demo_tokenizer"), num_train=64)
     with pytest.raises(errors.UserError, match="config.task: tokenizer has no features"):
         predict.write_features(tokenizer, predict.Config(str(tmp_path)), workdir)
 
@@ -156,7 +158,7 @@ def named(program, tmp_path_factory):
     path = tmp_path_factory.mktemp("names") / "wnids.txt"
     path.write_text("\n".join(WNIDS))
     config = programs.config("demo_classification", model__encoder_weights="", data__class_names=str(path))
-    return train.build(config, num_train=64)
+    return create_training(config, num_train=64)
 
 
 def test_subsets_are_matched_by_folder_name_and_only_their_classes_compete(named, workdir, tmp_path, capsys):
@@ -195,5 +197,5 @@ def test_robustness_needs_folders_with_known_classes(named, workdir, tmp_path):
     (tmp_path / "names.txt").write_text("\n".join([*WNIDS, "n99999999"]))
     fields = dict(model__encoder_weights="", data__class_names=str(tmp_path / "names.txt"))
     with pytest.raises(errors.UserError, match="config.data.class_names: .* has 9 names, but the network has 8 classes"):
-        more = train.build(programs.config("demo_classification", **fields), num_train=64)
+        more = create_training(programs.config("demo_classification", **fields), num_train=64)
         robustness.robustness(more, robustness.Config(imagenet_a=str(tmp_path)), workdir)

@@ -16,7 +16,8 @@ import numpy as np
 import programs
 import pytest
 
-from addp_jax import checkpoint, errors, partition, processes
+from addp_jax import errors, partition, processes
+from addp_jax.weights import checkpoint
 
 STEPS = 40
 FLAGS = (

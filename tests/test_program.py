@@ -10,15 +10,18 @@ import programs
 import pytest
 from PIL import Image
 
-from addp_jax import checkpoint, errors, evaluate, generate, lock, program, schema, train
+from addp_jax import errors, program, schema
 from addp_jax.data import pack
+from addp_jax.generation import generate
+from addp_jax.training import evaluate, loop
+from addp_jax.weights import checkpoint, lock
 
 
 @pytest.fixture(scope="module")
 def other_tokenizer(tmp_path_factory):
     """A tokenizer of the same size, trained from another seed."""
     workdir = str(tmp_path_factory.mktemp("other") / "tokenizer")
-    train.train(programs.config("demo_tokenizer", seed=5), workdir)
+    loop.train(programs.config("demo_tokenizer", seed=5), workdir)
     return workdir
 
 
@@ -47,7 +50,7 @@ def test_evaluation_refuses_another_token_predictor(trained):
 def test_a_token_predictor_knows_its_tokenizer(trained, other_tokenizer, tmp_path):
     run = config("demo_addp", trained, model__tokenizer_weights=other_tokenizer)
     with pytest.raises(errors.UserError, match="config.model.predictor_weights .* was trained with another tokenizer"):
-        train.train(run, str(tmp_path))
+        loop.train(run, str(tmp_path))
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
 
 
@@ -106,13 +109,13 @@ def folder_config(path, **changes):
 def classifier(tmp_path_factory):
     root = tmp_path_factory.mktemp("classifier")
     write(root / "data")
-    train.train(folder_config(root / "data"), str(root / "run"))
+    loop.train(folder_config(root / "data"), str(root / "run"))
     return root
 
 
 def resume(root, path, tmp_path, **changes):
     shutil.copytree(root / "run", tmp_path / "run")
-    train.train(folder_config(path, steps=3, **changes), str(tmp_path / "run"))
+    loop.train(folder_config(path, steps=3, **changes), str(tmp_path / "run"))
 
 
 def test_moved_data_goes_on(classifier, tmp_path):
@@ -120,7 +123,7 @@ def test_moved_data_goes_on(classifier, tmp_path):
     for number, path in enumerate((tmp_path / "elsewhere", f"{classifier / 'data'}/")):
         (tmp_path / str(number)).mkdir()
         with contextlib.suppress(SystemExit):
-            train.train(folder_config(path), str(classifier / "run"))
+            loop.train(folder_config(path), str(classifier / "run"))
     lines = (classifier / "run" / "log.jsonl").read_text().splitlines()
     assert any(json.loads(line)["step"] == 2 for line in lines)
 
@@ -136,13 +139,13 @@ def test_changed_data_is_refused(classifier, tmp_path, change):
     else:
         Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(image)
     with pytest.raises(errors.UserError, match="data.content was"):
-        train.train(folder_config(tmp_path / "data"), str(classifier / "run"))
+        loop.train(folder_config(tmp_path / "data"), str(classifier / "run"))
 
 
 def test_other_classes_are_named(classifier, tmp_path):
     write(tmp_path / "data", ("apple", "boat", "dog"))
     with pytest.raises(errors.UserError, match="(?s)data.classes.*dog"):
-        train.train(folder_config(tmp_path / "data"), str(classifier / "run"))
+        loop.train(folder_config(tmp_path / "data"), str(classifier / "run"))
     made = program.create(folder_config(tmp_path / "data"))
     with pytest.raises(errors.UserError, match="lacks car, has dog"):
         evaluate.evaluate(made, str(classifier / "run"))
@@ -156,7 +159,7 @@ def test_a_part_of_the_split_is_spread_and_says_so(classifier, mesh, capsys):
     evaluate.evaluate(made, str(classifier / "run"))
     whole = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (whole["images"], whole["of"]) == (6, 6) and "accuracy" in whole
-    run = train.build(folder_config(classifier / "data", batch_size=2, eval_batches=2), mesh=mesh)
+    run = program.create_training(folder_config(classifier / "data", batch_size=2, eval_batches=2), mesh=mesh)
     with jax.set_mesh(run.mesh):
         scalars, _ = evaluate.run(run, run.init(jax.random.key(0)), {})
     assert (scalars["images"], scalars["of"]) == (4, 6) and "part/accuracy" in scalars and "accuracy" not in scalars
@@ -171,16 +174,16 @@ def test_the_last_evaluation_is_made_after_a_kill_before_it(classifier, tmp_path
     evaluations = [line for line in lines if "eval/" in line]
     assert json.loads(evaluations[-1])["step"] == 2
     log.write_text("".join(line + "\n" for line in lines if line not in evaluations))
-    train.train(folder_config(classifier / "data"), str(tmp_path / "run"))
+    loop.train(folder_config(classifier / "data"), str(tmp_path / "run"))
     again = [json.loads(line) for line in log.read_text().splitlines() if "eval/" in line]
     before = json.loads(evaluations[-1])
     assert [{**line, "time": 0} for line in again] == [{**before, "time": 0}]
 
 
 def test_a_disk_too_small_for_a_checkpoint_is_told_at_once(classifier, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda _: type("", (), {"free": 1000})())
+    monkeypatch.setattr(loop.shutil, "disk_usage", lambda _: type("", (), {"free": 1000})())
     with pytest.raises(errors.UserError, match="a checkpoint takes .* the disk has 0 MB left"):
-        train.train(folder_config(classifier / "data"), str(tmp_path / "new"))
+        loop.train(folder_config(classifier / "data"), str(tmp_path / "new"))
 
 
 def test_other_modes_do_not_need_the_batch_of_training():
@@ -191,9 +194,9 @@ def test_other_modes_do_not_need_the_batch_of_training():
 def test_a_second_run_in_a_work_directory_is_refused_and_the_first_goes_on(classifier, tmp_path):
     with lock.hold(tmp_path / "run"):
         with pytest.raises(errors.UserError, match="a run is at work here"):
-            train.train(folder_config(classifier / "data"), str(tmp_path / "run"))
+            loop.train(folder_config(classifier / "data"), str(tmp_path / "run"))
     assert not list((tmp_path / "run").glob("checkpoints/[0-9]*"))
-    train.train(folder_config(classifier / "data"), str(tmp_path / "run"))
+    loop.train(folder_config(classifier / "data"), str(tmp_path / "run"))
 
 
 def test_shards_of_splits_with_other_classes_are_refused(tmp_path):
@@ -202,7 +205,7 @@ def test_shards_of_splits_with_other_classes_are_refused(tmp_path):
     pack.pack(str(tmp_path / "one" / "train"), str(tmp_path / "shards"), "train")
     pack.pack(str(tmp_path / "two" / "val"), str(tmp_path / "shards"), "val")
     with pytest.raises(errors.UserError, match="the training split 3: this data lacks apple"):
-        train.train(folder_config(tmp_path / "shards", data__source="array_record"), str(tmp_path / "run"))
+        loop.train(folder_config(tmp_path / "shards", data__source="array_record"), str(tmp_path / "run"))
 
 
 def test_a_disk_too_small_for_the_samples_is_told_before_drawing(trained, tmp_path, monkeypatch):

@@ -13,10 +13,10 @@ import pytest
 import released
 
 from addp_jax import optim
-from addp_jax.interop import pytorch
 from addp_jax.metrics import classification as metrics
 from addp_jax.models import heads, layers, vit
 from addp_jax.ops import mixup
+from addp_jax.weights import pytorch
 
 NETWORK = 2e-5  # of the largest value
 GRADIENT = 2e-4

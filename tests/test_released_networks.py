@@ -11,8 +11,9 @@ import pytest
 import released
 
 from addp_jax import diffusion, optim
-from addp_jax.interop import pytorch
-from addp_jax.models import pixel_to_token, token_predictor, tokenizer
+from addp_jax.codecs import vqgan
+from addp_jax.models import pixel_to_token, token_predictor
+from addp_jax.weights import pytorch
 
 # Largest deviation over largest magnitude. The released code's own float32 noise, measured against float64,
 # is 1e-6 to 2e-5 on these quantities.
@@ -22,7 +23,7 @@ GRADIENT = 2e-4
 CHECKSUM = 5e-6  # of the sum of magnitudes
 CAPACITY = 125  # decoder slots for known tokens
 
-TOKENIZER = tokenizer.Tokenizer(released.TOKENIZER)
+TOKENIZER = vqgan.Tokenizer(released.TOKENIZER)
 PREDICTOR = token_predictor.TokenPredictor(released.PREDICTOR)
 ADDP = pixel_to_token.PixelToToken(released.ADDP)
 

@@ -9,7 +9,8 @@ import pytest
 import released
 
 from addp_jax import diffusion, samplers
-from addp_jax.models import pixel_to_token, tokenizer
+from addp_jax.codecs import vqgan
+from addp_jax.models import pixel_to_token
 from addp_jax.samplers import alternating
 
 LOGITS = 1e-4  # relative to the largest; float32 noise grows along a trajectory
@@ -24,7 +25,7 @@ RUNS = {
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def one_step(params, config, capacity, carry, at, score_noise):
     addp = pixel_to_token.PixelToToken(released.ADDP)
-    nets = alternating.bind(addp, params[0], tokenizer.codec(tokenizer.Tokenizer(released.TOKENIZER), params[1]))
+    nets = alternating.bind(addp, params[0], vqgan.codec(vqgan.Tokenizer(released.TOKENIZER), params[1]))
     token_noise = jnp.zeros((*carry.mask.shape, released.ADDP.num_codes))  # no noise: the most probable code
     after = alternating.step(nets, config, capacity, carry, at, samplers.Noise(token_noise, score_noise))
     return after, nets.predict(carry.image, carry.token_ids, carry.mask, capacity)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import test_main
 
-from addp_jax import checkpoint
+from addp_jax.weights import checkpoint
 
 STEPS = 150
 KILLS = 10

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from addp_jax import errors, sample_folder
+from addp_jax import errors
+from addp_jax.generation import sample_folder
 
 SETTINGS = {"seed": 0, "margins": (0.5, 0.0)}
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 8, 6, 3), np.uint8)

@@ -12,7 +12,8 @@ import programs
 import pytest
 
 from addp_jax import diffusion, errors, partition, samplers, schema
-from addp_jax.models import pixel_to_token, tokenizer
+from addp_jax.codecs import vqgan
+from addp_jax.models import pixel_to_token
 from addp_jax.samplers import alternating, token_only
 from addp_jax.tasks import addp
 
@@ -272,7 +273,7 @@ def tiny():
     fields = programs.fields("demo_addp", model__sampler__steps=3).model.to_dict()
     task = addp.Task(schema.build(addp.Config, fields, "config.model"), jnp.float32)
     rng = np.random.default_rng(2)
-    inits = {"net": functools.partial(pixel_to_token.init, task.net), "tokenizer": functools.partial(tokenizer.init, task.tokenizer)}
+    inits = {"net": functools.partial(pixel_to_token.init, task.net), "tokenizer": functools.partial(vqgan.init, task.tokenizer)}
     params = {
         name: jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), jax.eval_shape(init, jax.random.key(0)))
         for name, init in inits.items()

@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from addp_jax.data import shapes
+from addp_jax.data.sources import shapes
 
 
 def test_example_depends_on_seed_and_index_only():

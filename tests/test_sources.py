@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from addp_jax import errors
-from addp_jax.data import pack, prepared, sources, transforms
+from addp_jax.data import pack, sources, transforms
+from addp_jax.data.sources import array_record, image_folder, meta_list, tfds
 
 
 def jpeg(seed=0, height=12, width=16):
@@ -46,7 +47,7 @@ def one_line(caught):
 
 
 def test_image_folder_reads_a_split_in_sorted_order(folder):
-    source = sources.ImageFolder(str(folder))
+    source = image_folder.ImageFolder(str(folder))
     assert source.classes == ("cat", "dog")
     assert names(source) == ["cat/x.png", "cat/y.bmp", "cat/z.jpg", "dog/a.jpeg", "dog/b.JPG", "dog/deep/er/c.webp"]
     assert [int(source[i]["label"]) for i in range(6)] == [0, 0, 0, 1, 1, 1]
@@ -58,13 +59,13 @@ def test_image_folder_ignores_hidden_and_foreign_files(folder):
     write(folder / "train/cat/.hidden.jpg")
     write(folder / "train/.cache/a.jpg")
     write(folder / "train/cat/notes.txt")
-    source = sources.ImageFolder(str(folder))
+    source = image_folder.ImageFolder(str(folder))
     assert len(source) == 6 and source.classes == ("cat", "dog")
 
 
 def test_labels_agree_when_a_split_lacks_a_class(folder):
     write(folder / "train/ant/a.jpg")
-    train, held_out = (sources.ImageFolder(str(folder), split) for split in ("train", "eval"))
+    train, held_out = (image_folder.ImageFolder(str(folder), split) for split in ("train", "eval"))
     assert train.classes == held_out.classes == ("ant", "cat", "dog")
     assert [int(held_out[i]["label"]) for i in range(2)] == [1, 2]
 
@@ -72,16 +73,16 @@ def test_labels_agree_when_a_split_lacks_a_class(folder):
 def test_folder_without_splits_holds_out_one_in_twenty(tmp_path):
     for i in range(45):
         write(tmp_path / f"class{i % 3}" / f"{i:02}.jpg")
-    train, held_out = (sources.ImageFolder(str(tmp_path), split) for split in ("train", "eval"))
+    train, held_out = (image_folder.ImageFolder(str(tmp_path), split) for split in ("train", "eval"))
     assert len(held_out) == 2 and len(train) == 43
     assert not set(names(train)) & set(names(held_out))
-    assert names(held_out) == names(sources.ImageFolder(str(tmp_path), "eval"))
+    assert names(held_out) == names(image_folder.ImageFolder(str(tmp_path), "eval"))
 
 
 def test_flat_folder_is_one_class(tmp_path):
     for i in range(5):
         write(tmp_path / f"{i}.jpg")
-    train, held_out = (sources.ImageFolder(str(tmp_path), split) for split in ("train", "eval"))
+    train, held_out = (image_folder.ImageFolder(str(tmp_path), split) for split in ("train", "eval"))
     assert train.classes == ("all",) and len(train) == 4 and len(held_out) == 1
     assert {int(train[i]["label"]) for i in range(4)} == {0}
 
@@ -90,13 +91,13 @@ def test_flat_split_folders(tmp_path):
     for i in range(3):
         write(tmp_path / "train" / f"{i}.jpg")
     write(tmp_path / "val" / "v.jpg")
-    assert len(sources.ImageFolder(str(tmp_path))) == 3
-    assert names(sources.ImageFolder(str(tmp_path), "eval")) == ["v.jpg"]
+    assert len(image_folder.ImageFolder(str(tmp_path))) == 3
+    assert names(image_folder.ImageFolder(str(tmp_path), "eval")) == ["v.jpg"]
 
 
 def test_one_missing_split_is_named(folder):
     with pytest.raises(errors.UserError, match="config.data.eval_split") as caught:
-        sources.ImageFolder(str(folder), "eval", "train", "test")
+        image_folder.ImageFolder(str(folder), "eval", "train", "test")
     assert "test" in one_line(caught)
 
 
@@ -104,14 +105,14 @@ def test_missing_and_empty_folders_name_the_layouts(tmp_path):
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "absent", tmp_path / "empty"):
         with pytest.raises(errors.UserError, match="config.data.path") as caught:
-            sources.ImageFolder(str(path))
+            image_folder.ImageFolder(str(path))
         assert path.name in one_line(caught) and "CLASS" in one_line(caught)
 
 
 def test_single_image_cannot_be_split(tmp_path):
     write(tmp_path / "only.jpg")
     with pytest.raises(errors.UserError, match="one image"):
-        sources.ImageFolder(str(tmp_path))
+        image_folder.ImageFolder(str(tmp_path))
 
 
 def test_unreadable_folder_is_named(folder, monkeypatch):
@@ -120,12 +121,12 @@ def test_unreadable_folder_is_named(folder, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(errors.UserError, match="Permission denied") as caught:
-        sources.ImageFolder(str(folder))
+        image_folder.ImageFolder(str(folder))
     assert "config.data.path" in one_line(caught) and "train" in one_line(caught)
 
 
 def test_file_that_vanished_is_named(folder):
-    source = sources.ImageFolder(str(folder))
+    source = image_folder.ImageFolder(str(folder))
     (folder / "train/cat/x.png").unlink()
     with pytest.raises(errors.UserError, match="x.png"):
         source[0]
@@ -144,7 +145,7 @@ def test_file_names_may_hold_any_characters(tmp_path):
     for name in ("Ünï çode.jpg", "a b'c.jpg"):
         write(tmp_path / "train" / "k" / name)
         write(tmp_path / "val" / "k" / name)
-    source = sources.ImageFolder(str(tmp_path))
+    source = image_folder.ImageFolder(str(tmp_path))
     assert names(source) == ["k/a b'c.jpg", "k/Ünï çode.jpg"]
 
 
@@ -153,7 +154,7 @@ def test_meta_list_reads_both_layouts(tmp_path, below):
     write(tmp_path / below / "n1/a b.jpg")
     write(tmp_path / below / "n2/b.jpg")
     write(tmp_path / "meta/train.txt", b"n2/b.jpg 7\r\n\nn1/a b.jpg 3\n")
-    source = sources.MetaList(str(tmp_path), "train")
+    source = meta_list.MetaList(str(tmp_path), "train")
     assert [int(source[i]["label"]) for i in range(2)] == [7, 3]
     assert source.path(1) == str(tmp_path / below / "n1/a b.jpg")
 
@@ -163,18 +164,18 @@ def test_bad_line_of_a_meta_list_is_named_with_its_number(tmp_path, line):
     write(tmp_path / "train/n1/a.jpg")
     write(tmp_path / "meta/train.txt", f"n1/a.jpg 0\n{line}\n".encode())
     with pytest.raises(errors.UserError, match="train.txt line 2"):
-        sources.MetaList(str(tmp_path), "train")
+        meta_list.MetaList(str(tmp_path), "train")
 
 
 def test_meta_list_without_list_or_images_says_so(tmp_path):
     with pytest.raises(errors.UserError, match=r"config.data.path.*meta.train.txt"):
-        sources.MetaList(str(tmp_path), "train")
+        meta_list.MetaList(str(tmp_path), "train")
     write(tmp_path / "meta/train.txt", b"n1/a.jpg 0\n")
     with pytest.raises(errors.UserError, match="n1/a.jpg"):
-        sources.MetaList(str(tmp_path), "train")
+        meta_list.MetaList(str(tmp_path), "train")
     write(tmp_path / "meta/train.txt", b"\n")
     with pytest.raises(errors.UserError, match="empty"):
-        sources.MetaList(str(tmp_path), "train")
+        meta_list.MetaList(str(tmp_path), "train")
 
 
 @pytest.fixture
@@ -185,7 +186,7 @@ def packed(folder, tmp_path):
 
 
 def test_packing_keeps_every_byte_and_the_order(folder, packed):
-    source, records = sources.ImageFolder(str(folder)), prepared.ArrayRecord(str(packed), "train")
+    source, records = image_folder.ImageFolder(str(folder)), array_record.ArrayRecord(str(packed), "train")
     assert len(records) == len(source) == 6 and records.classes == source.classes
     for i in range(6):
         assert records[i]["image"] == source[i]["image"]
@@ -202,14 +203,14 @@ def test_packed_folder_holds_complete_files_only(packed):
 
 def test_shards_are_found_by_glob_and_both_splits_share_a_folder(folder, packed):
     assert pack.main(["--input", str(folder), "--output", str(packed), "--split", "val"]) == 0
-    assert len(prepared.ArrayRecord(str(packed), "val")) == 2
-    assert len(prepared.ArrayRecord(str(packed / "*.array_record"), "train")) == 6
+    assert len(array_record.ArrayRecord(str(packed), "val")) == 2
+    assert len(array_record.ArrayRecord(str(packed / "*.array_record"), "train")) == 6
 
 
 def test_packing_a_meta_list(folder, tmp_path):
     write(folder / "meta/train.txt", b"cat/x.png 5\n")
     pack.pack(str(folder), str(tmp_path / "out"))
-    assert prepared.ArrayRecord(str(tmp_path / "out"))[0]["label"] == 5
+    assert array_record.ArrayRecord(str(tmp_path / "out"))[0]["label"] == 5
 
 
 def test_packing_refuses_to_overwrite(folder, packed, capsys):
@@ -229,18 +230,18 @@ def test_packing_names_a_bad_image_and_leaves_nothing(folder, tmp_path, capsys):
 def test_missing_shard_is_counted(packed):
     (packed / "train-00002-of-00004.array_record").unlink()
     with pytest.raises(errors.UserError, match="3 of 4 train shards"):
-        prepared.ArrayRecord(str(packed), "train")
+        array_record.ArrayRecord(str(packed), "train")
 
 
 def test_folder_without_shards_says_how_to_make_them(packed):
     with pytest.raises(errors.UserError, match=r"no val-\*.*addp_jax.data.pack"):
-        prepared.ArrayRecord(str(packed), "val")
+        array_record.ArrayRecord(str(packed), "val")
 
 
 def test_shard_of_another_format_is_a_user_error(packed):
     write(packed / "train-00002-of-00004.array_record", b"not a shard" * 1000)
     with pytest.raises(errors.UserError, match="config.data.path"):
-        prepared.ArrayRecord(str(packed), "train")
+        array_record.ArrayRecord(str(packed), "train")
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +273,7 @@ def tfds_folder(tmp_path_factory):
 
 
 def test_tfds_gives_encoded_images_labels_and_names(tfds_folder):
-    source = prepared.Tfds("tiny_pictures", "train", str(tfds_folder))
+    source = tfds.Tfds("tiny_pictures", "train", str(tfds_folder))
     assert len(source) == 5 and source.classes == ("a", "b")
     found = {(source[i]["image"], int(source[i]["label"])) for i in range(5)}
     assert found == {(jpeg(i), i % 2) for i in range(5)}
@@ -282,16 +283,16 @@ def test_tfds_gives_encoded_images_labels_and_names(tfds_folder):
 
 
 def test_tfds_split_syntax(tfds_folder):
-    assert len(prepared.Tfds("tiny_pictures", "train[:2]", str(tfds_folder))) == 2
+    assert len(tfds.Tfds("tiny_pictures", "train[:2]", str(tfds_folder))) == 2
 
 
 def test_tfds_failures_say_what_to_do(tfds_folder, tmp_path):
     with pytest.raises(errors.UserError, match=r"has no 'val', it has train"):
-        prepared.Tfds("tiny_pictures", "val", str(tfds_folder))
+        tfds.Tfds("tiny_pictures", "val", str(tfds_folder))
     with pytest.raises(errors.UserError, match="config.data.name.*no_such_thing"):
-        prepared.Tfds("no_such_thing", "train", str(tfds_folder))
+        tfds.Tfds("no_such_thing", "train", str(tfds_folder))
     with pytest.raises(errors.UserError, match="is not in .*tfds build cifar10 --file_format=array_record"):
-        prepared.Tfds("cifar10", "train", str(tmp_path))
+        tfds.Tfds("cifar10", "train", str(tmp_path))
 
 
 def test_tfds_tfrecord_is_refused_with_the_remedy(tfds_folder, tmp_path):
@@ -299,5 +300,5 @@ def test_tfds_tfrecord_is_refused_with_the_remedy(tfds_folder, tmp_path):
     info = next((tmp_path / "copy").rglob("dataset_info.json"))
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(errors.UserError, match="TFRECORD.*--file_format=array_record") as caught:
-        prepared.Tfds("tiny_pictures", "train", str(tmp_path / "copy"))
+        tfds.Tfds("tiny_pictures", "train", str(tmp_path / "copy"))
     one_line(caught)

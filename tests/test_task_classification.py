@@ -10,10 +10,12 @@ import optax
 import programs
 import pytest
 
-from addp_jax import checkpoint, errors, optim, parameters, partition, schema, train
+from addp_jax import errors, optim, parameters, partition, program, schema
 from addp_jax.data import augment, pipeline
 from addp_jax.models import heads, pixel_to_token, vit
 from addp_jax.tasks import classification
+from addp_jax.training import loop
+from addp_jax.weights import checkpoint
 
 ENCODER = vit.Config(16, 2, 2, dropout=0.0, image_size=16, patch_size=4, input_dropout=0.0, input_norm=False, final_norm=False)
 PLAIN = classification.Config(
@@ -160,7 +162,7 @@ def test_weights_that_are_not_there_or_have_no_encoder_are_named(tmp_path):
 
 def test_a_run_begins_with_the_loaded_encoder_and_its_average_too(addp_run):
     config = programs.config("demo_classification", optim__ema_decay=0.9, model__encoder_weights=addp_run[0])
-    run = train.build(config, num_train=64)
+    run = program.create_training(config, num_train=64)
     with jax.set_mesh(run.mesh):
         state = run.init(jax.random.key(0), run.task.load_pretrained())
         fresh = run.init(jax.random.key(0))
@@ -172,9 +174,9 @@ def test_a_run_begins_with_the_loaded_encoder_and_its_average_too(addp_run):
 def test_a_run_remembers_which_encoder_it_started_from(addp_run):
     """Resuming it with another one, or with none, is refused: the identities differ."""
     config = programs.config("demo_classification", model__encoder_weights=addp_run[0])
-    run = train.build(config)
-    identity = train.identity(run, {}, run.task.load_pretrained())
-    assert identity != train.identity(run, {}, {}) and "classifier" in identity["init"]
+    run = program.create_training(config)
+    identity = loop.identity(run, {}, run.task.load_pretrained())
+    assert identity != loop.identity(run, {}, {}) and "classifier" in identity["init"]
 
 
 def test_every_parameter_has_a_layout():

@@ -13,6 +13,7 @@ from PIL import Image
 
 from addp_jax import errors, optim, partition
 from addp_jax.data import features, pipeline, sources
+from addp_jax.data.sources import image_folder
 from addp_jax.models import heads, vit
 from addp_jax.tasks import linear_probe
 
@@ -63,15 +64,15 @@ def test_whatever_changes_the_features_changes_the_file(tmp_path, monkeypatch):
 def test_a_rewritten_file_makes_another_fingerprint(tmp_path):
     """Of the same length and with its time of modification set back, as tar and rsync do."""
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "a.bmp")
-    source = sources.open_folder(str(tmp_path), "here")
-    before, status = sources.fingerprint(source, times=True), os.stat(tmp_path / "a.bmp")
-    assert sources.fingerprint(source, times=True) == before
+    source = image_folder.open_folder(str(tmp_path), "here")
+    before, status = source.fingerprint(times=True), os.stat(tmp_path / "a.bmp")
+    assert source.fingerprint(times=True) == before
     Image.fromarray(np.ones((4, 4, 3), np.uint8)).save(tmp_path / "a.bmp")
     os.utime(tmp_path / "a.bmp", ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert sources.fingerprint(source, times=True) != before
+    assert source.fingerprint(times=True) != before
     os.remove(tmp_path / "a.bmp")
     with pytest.raises(errors.UserError, match="cannot read .*a.bmp"):
-        sources.fingerprint(source, times=True)
+        source.fingerprint(times=True)
 
 
 def test_features_are_computed_where_no_mesh_has_been_entered_yet(tmp_path):
@@ -169,7 +170,7 @@ def test_the_fingerprint_follows_files(tmp_path):
     before = sources.fingerprint(pipeline.open_source(data, "train"), times=True)
     assert before == sources.fingerprint(pipeline.open_source(data, "train"), times=True)
     part = pipeline.open_source(dataclasses.replace(data, num_train=1), "train")
-    assert sources.fingerprint(part, times=True) != before
+    assert part.fingerprint(times=True) != before
     for name in ("a/1.png", "a/2.png", "b/3.png"):
         Image.new("RGB", (5, 4)).save(tmp_path / name)
     assert sources.fingerprint(pipeline.open_source(data, "train"), times=True) != before

@@ -12,15 +12,16 @@ import pytest
 import safetensors.numpy
 
 from addp_jax import errors, partition, schema
+from addp_jax.codecs import vqgan
 from addp_jax.data import pipeline
-from addp_jax.models import adversary, perceptual, tokenizer
+from addp_jax.models import discriminator, perceptual
 from addp_jax.tasks import tokenizer as task_tokenizer
 
-NET = tokenizer.Config(
+NET = vqgan.Config(
     image_size=8, channels=4, multipliers=(1, 1), num_res_blocks=0, num_codes=12, code_width=6, num_groups=2
 )
-ALONE = task_tokenizer.Config(net=NET, adversary_weight=0.0)
-FULL = task_tokenizer.Config(net=NET, adversary=adversary.Config(channels=4, max_channels=4), adversary_weight=0.5)
+ALONE = task_tokenizer.Config(net=NET, discriminator_weight=0.0)
+FULL = task_tokenizer.Config(net=NET, discriminator=discriminator.Config(channels=4, max_channels=4), discriminator_weight=0.5)
 # Term of the loss -> its weight in FULL.
 ADVERSARYS = {"discriminator": 1.0, "r1": 10.0}
 TOKENIZERS = {"mse": 1.0, "codebook": 1.0, "commitment": 0.25, "entropy": 0.1, "adversarial": 0.5}
@@ -66,11 +67,11 @@ def separate():
     image = jnp.asarray(batch()["image"], jnp.float32) / 255
 
     def judge(params, image):
-        return jax.nn.sigmoid(task.adversary.apply({"params": params}, image))
+        return jax.nn.sigmoid(task.discriminator.apply({"params": params}, image))
 
     def discriminate(own):
         def logit(one):
-            return task.adversary.apply({"params": own}, one[None])[0]
+            return task.discriminator.apply({"params": own}, one[None])[0]
 
         slope = jax.vmap(jax.grad(logit))(image).reshape(len(image), -1)
         fake = task.net.apply({"params": params["tokenizer"]}, image)
@@ -79,10 +80,10 @@ def separate():
 
     def deceive(decoder):
         fake = task.net.apply({"params": {**params["tokenizer"], "decoder": decoder}}, image)
-        return -jnp.log(judge(params["adversary"], fake)).mean()
+        return -jnp.log(judge(params["discriminator"], fake)).mean()
 
     grad = jax.jit(lambda one, two: (jax.grad(discriminate)(one), jax.grad(deceive)(two)))
-    return grad(params["adversary"], params["tokenizer"]["decoder"])
+    return grad(params["discriminator"], params["tokenizer"]["decoder"])
 
 
 def size(tree):
@@ -102,20 +103,20 @@ def weighted(gradients, weights, player):
 
 
 def test_configuration_is_built_from_the_users_fields():
-    fields = {"adversary": {"channels": 8}, "net": {"image_size": 32}, "l2_weight": 2}
+    fields = {"discriminator": {"channels": 8}, "net": {"image_size": 32}, "l2_weight": 2}
     config = schema.build(task_tokenizer.Config, fields, "config.model")
-    assert config.adversary.channels == 8 and config.net.image_size == 32 and config.l2_weight == 2.0
+    assert config.discriminator.channels == 8 and config.net.image_size == 32 and config.l2_weight == 2.0
 
 
 @pytest.mark.parametrize(
-    "net", [{"image_size": 17}, {"channels": 5}, {"image_size": 24}], ids=["patch size", "groups", "adversary"]
+    "net", [{"image_size": 17}, {"channels": 5}, {"image_size": 24}], ids=["patch size", "groups", "discriminator"]
 )
 def test_sizes_that_do_not_fit_are_refused(net):
     with pytest.raises(errors.UserError, match="config.model.net"):
         task_tokenizer.Task(dataclasses.replace(FULL, net=dataclasses.replace(NET, **net)), jnp.float32)
 
 
-def test_without_weight_there_is_no_adversary():
+def test_without_weight_there_is_no_discriminator():
     task, params = make(ALONE)
     assert set(params) == {"tokenizer"}
     _, metrics = jax.eval_shape(lambda params: task.loss(params, {}, batch(), None, True), params)
@@ -126,21 +127,21 @@ def test_every_parameter_has_a_layout():
     partition.shardings(make(FULL)[1], partition.make_mesh(partition.Config()))
 
 
-def test_the_tokenizers_gradient_holds_nothing_of_the_adversarys_loss(gradients):
+def test_the_tokenizers_gradient_holds_nothing_of_the_discriminators_loss(gradients):
     for name in ADVERSARYS:
         assert size(gradients[name]["tokenizer"]) == 0
     assert_close(gradients["loss"]["tokenizer"], weighted(gradients, TOKENIZERS, "tokenizer"))
 
 
-def test_the_adversarys_gradient_holds_nothing_of_the_tokenizers_loss(gradients):
+def test_the_discriminators_gradient_holds_nothing_of_the_tokenizers_loss(gradients):
     for name in TOKENIZERS:
-        assert size(gradients[name]["adversary"]) == 0
-    assert_close(gradients["loss"]["adversary"], weighted(gradients, ADVERSARYS, "adversary"))
+        assert size(gradients[name]["discriminator"]) == 0
+    assert_close(gradients["loss"]["discriminator"], weighted(gradients, ADVERSARYS, "discriminator"))
 
 
 def test_one_scalar_gives_both_players_their_separate_gradients(gradients, separate):
-    adversarys, decoders = separate
-    assert_close(gradients["loss"]["adversary"], adversarys)
+    discriminators, decoders = separate
+    assert_close(gradients["loss"]["discriminator"], discriminators)
     assert_close(gradients["adversarial"]["tokenizer"]["decoder"], decoders)
 
 

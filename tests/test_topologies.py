@@ -2,7 +2,8 @@
 
 import pytest
 
-from addp_jax import errors, topologies
+from addp_jax import errors
+from addp_jax.planning import topologies
 
 
 @pytest.mark.parametrize("text, kind, shape", [

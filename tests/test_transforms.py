@@ -75,7 +75,7 @@ def test_box_that_never_fits_becomes_the_central_one():
 
 def test_full_crop_of_the_right_size_is_the_identity():
     image = noise(16, 16)
-    result = transforms.train_image(16, (1.0, 1.0), flip=False)({"image": image, "label": 2}, np.random.default_rng(0))
+    result = transforms.train_image(16, (1.0, 1.0), flip=False)({"image": image, "label": np.int32(2)}, np.random.default_rng(0))
     np.testing.assert_array_equal(result["image"], image)
     assert result["label"].dtype == np.int32
 

@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image
 
 from addp_jax import errors
-from addp_jax.data import augment, pack, prepared, sources, transforms
+from addp_jax.data import augment, pack, sources, transforms
+from addp_jax.data.sources import array_record, image_folder
 
 SIZE = 256  # pixels
 MADE_UP = 64  # images
@@ -62,12 +63,12 @@ def run(folder: str, needed: float, seconds: float) -> list[dict]:
         if not folder:
             folder = os.path.join(room, "made_up")
             make_folder(folder)
-        images = sources.open_folder(folder, "--input")
+        images = image_folder.open_folder(folder, "--input")
         picked = [os.path.relpath(images.path(i), folder) for i in range(min(len(images), MOST))]
         images = sources.Files(folder, picked, [0] * len(picked), ("all",))
         pack.write_all(images, room, "train", 1)
         rows = []
-        for name, source in (("image_folder", images), ("array_record", prepared.ArrayRecord(room))):
+        for name, source in (("image_folder", images), ("array_record", array_record.ArrayRecord(room))):
             for kind, transform in TRANSFORMS.items():
                 speed = rate(source, transform, seconds)
                 row = {"source": name, "transform": kind, "images_per_second_per_core": round(speed, 1)}

@@ -19,12 +19,13 @@ from addp_jax.data import pipeline, sources
 
 
 @dataclasses.dataclass(frozen=True)
-class Features:
+class Features(sources.Source):
     """A random-access source of {"features": float32 [D], "label": int32}."""
 
     features: np.ndarray  # float32 [N,D]
     labels: np.ndarray  # int32 [N]
     classes: tuple[str, ...]  # names by label; empty when unknown
+    labelled = True
     content: str = ""  # what they were computed from, wherever it lies
 
     def fingerprint(self, times: bool = False) -> str:
@@ -77,7 +78,7 @@ def cached(folder: str, key: str, source, compute: Callable[[], Iterable[tuple[n
     try:
         with files.open_regular(path) as raw, np.load(raw) as file:
             names = tuple(str(name) for name in file["classes"])
-            return Features(file["features"], file["labels"], names, sources.fingerprint(source))
+            return Features(file["features"], file["labels"], names, source.fingerprint())
     except Exception as error:  # what is no npz makes numpy and zipfile raise nearly anything
         raise errors.UserError(f"config.model.cache: cannot read {path}; delete it") from error
 

@@ -20,6 +20,7 @@ from array_record.python import array_record_module
 
 from addp_jax import errors, files
 from addp_jax.data import sources, transforms, walk
+from addp_jax.data.sources import image_folder, meta_list
 
 _IMAGES_PER_SHARD = 10_000
 
@@ -76,12 +77,12 @@ def pack(input_folder: str, output: str, split: str = "train", num_shards: int =
 def _open(folder: str, split: str) -> sources.Files:
     """The whole split: of a folder with `meta/<split>.txt`, with sub-folders `train` and `val`, or of that sub-folder itself."""
     if os.path.exists(os.path.join(folder, "meta", f"{split}.txt")):
-        return sources.MetaList(folder, split)
+        return meta_list.MetaList(folder, split)
     splits = [name for name in ("train", "val") if os.path.isdir(os.path.join(folder, name))]
     if splits:
-        source = sources.ImageFolder(folder, "train" if split == "train" else "eval")
+        source = image_folder.ImageFolder(folder, "train" if split == "train" else "eval")
     else:  # the split's own folder: all of it is packed
-        source = sources.ImageFolder(folder, "train", hold_out=False)
+        source = image_folder.ImageFolder(folder, "train", hold_out=False)
     if source.classes == ("all",) or source.labels.min() < 0:
         walk.announce(f"{source.root}: no folders of classes; all images get label {source.labels[0]}")
     return source

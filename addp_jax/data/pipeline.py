@@ -13,157 +13,54 @@ import grain
 import jax
 import numpy as np
 
-from addp_jax import errors, files, schema
-from addp_jax.data import prepared, shapes, sources, walk
+from addp_jax import errors, schema
+from addp_jax.data import part, sources, walk
 
 Transform = Callable[[dict, np.random.Generator], dict]
 
-_SHAPES_SEED = {"train": 0, "eval": 1}
-_SHAPES_SIZE = {"train": 50_000, "eval": 2_000}
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """config.data: where the images come from and how they are read.
+    """Where the examples come from and how they are read."""
 
-    Attributes:
-      source: "shapes", "image_folder", "meta_list", "array_record" or "tfds".
-      path: the image folder, the folder or glob of array_record shards, or the
-        TFDS data_dir.
-      name: TFDS data set, e.g. "imagenet2012".
-      train_split: sub-folder, list or TFDS split to train on.
-      eval_split: the same for evaluation.
-      num_train: examples to train on; 0 = all (shapes: 50,000). A part is spread
-        evenly over the source, so every class keeps its share.
-      num_eval: the same for evaluation; 0 = all (shapes: 2,000).
-      crop_scale: range of the random crop's area, fraction of the image.
-      hold_out: of an image folder without splits, keep a part for evaluation.
-      on_unreadable: "stop" ends with the file's name; "skip" takes the next
-        readable image instead (evaluation: leaves it out) and says which.
-      flip: mirror half of the training images.
-      max_objects: objects per picture, shapes only.
-      plain: the easiest pictures, shapes only.
-      class_names: file with one class name per line, in the order of the
-        labels; "" = the names that the source knows.
-      workers: worker processes; 0 = threads only.
-      threads: reader threads in each process; 0 = none.
-      prefetch: batches held ready in each process.
-    """
-
-    source: str = "shapes"
-    # Where the data lies does not matter to a run: its content does (`sources.fingerprint`).
+    source: str = "shapes"  # a file in addp_jax/data/sources
+    # Folder; array_record: or a glob of shards; tfds: its data_dir. Where the data lies does not matter to a run: its content does.
     path: str = schema.field("", matters=schema.NOTHING)
-    name: str = ""
-    train_split: str = schema.field("train", matters=schema.NOTHING)
+    name: str = ""  # tfds: name of the data set, such as imagenet2012
+    train_split: str = schema.field("train", matters=schema.NOTHING)  # sub-folder, list or tfds split
     eval_split: str = schema.field("val", matters=schema.NOTHING)
+    # Examples used, spread evenly over the source, so that every class keeps its share; 0 = all (shapes: 50,000 and 2,000).
     num_train: int = schema.field(0, least=0)
     num_eval: int = schema.field(0, least=0, matters=schema.NOTHING)
-    hold_out: bool = True
+    hold_out: bool = True  # of an image folder without splits, keep one image in twenty for evaluation
+    # stop with the file's name | skip: take the next readable image (evaluation: leave it out), and say so
     on_unreadable: str = schema.field("stop", matters=schema.NOTHING)
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    flip: bool = True
-    max_objects: int = 1
-    plain: bool = False
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # area of the random resized crop (release: main_pretrain.py)
+    flip: bool = True  # horizontally, half of the training images
+    max_objects: int = schema.field(1, least=1)  # shapes: objects per picture
+    plain: bool = False  # shapes: large, upright, one of four colours, on grey
+    # File with one class name per line, in the order of the labels; "" = as the source knows them.
     class_names: str = schema.field("", matters=schema.NOTHING)
-    workers: int = schema.field(0, least=0, matters=schema.NOTHING)
-    threads: int = schema.field(2, least=0, matters=schema.NOTHING)
-    prefetch: int = schema.field(4, least=0, matters=schema.NOTHING)
+    workers: int = schema.field(0, least=0, matters=schema.NOTHING)  # processes that decode; 0 = threads only
+    threads: int = schema.field(2, least=0, matters=schema.NOTHING)  # that read, per process
+    prefetch: int = schema.field(4, least=0, matters=schema.NOTHING)  # batches held ready
 
     def __post_init__(self):
         if self.on_unreadable not in ("stop", "skip"):
             raise errors.UserError(f"config.data.on_unreadable: {self.on_unreadable!r}; use stop or skip")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise errors.UserError(f"config.data.crop_scale = {self.crop_scale} must be two rising fractions")
-        if self.max_objects < 1:
-            raise errors.UserError(f"config.data.max_objects = {self.max_objects} must be at least 1")
 
 
-def open_source(config: Config, split: str, image_size: int = 64):
-    """The source of one split.
+def open_source(config: Config, split: str, image_size: int = 64) -> sources.Source:
+    """The examples of a split, "train" or "eval"; a `Part` of the source where the config asks for fewer.
 
-    Args:
-      config: where the images are.
-      split: "train" or "eval".
-      image_size: side in pixels of the generated shapes; other sources ignore it.
-
-    Raises:
-      UserError: unknown source, or what the source raises.
+    image_size: side in pixels of generated images; files have their own. Raises UserError: too few, or what the source raises.
     """
-    wanted = config.num_train if split == "train" else config.num_eval
-    if config.source == "shapes":
-        size = wanted or _SHAPES_SIZE[split]
-        return shapes.Shapes(size, _SHAPES_SEED[split], image_size, config.max_objects, config.plain)
-    source = _open_files(config, split)
-    if wanted > len(source):
-        raise errors.UserError(f"config.data.num_{split} = {wanted}, but {source!r} has fewer; use 0 for all")
-    return Part(source, wanted) if wanted else source
-
-
-def _open_files(config: Config, split: str):
-    name = config.train_split if split == "train" else config.eval_split
-    if config.source == "tfds":
-        return prepared.Tfds(config.name, name, config.path)
-    if config.source not in ("image_folder", "meta_list", "array_record"):
-        raise errors.UserError(
-            f"config.data.source = {config.source!r}; choose shapes, image_folder, meta_list, array_record or tfds"
-        )
-    if not config.path:
-        raise errors.UserError(f"config.data.path is empty; config.data.source={config.source} reads from it")
-    if config.source == "image_folder":
-        return sources.ImageFolder(config.path, split, config.train_split, config.eval_split, config.hold_out)
-    return (sources.MetaList if config.source == "meta_list" else prepared.ArrayRecord)(config.path, name)
-
-
-def class_names(path: str) -> tuple[str, ...]:
-    """The names in the file config.data.class_names, one per line in the order of the labels.
-
-    Raises UserError naming the file and the line: it cannot be read, a line is empty, or a name comes twice.
-    """
-    try:
-        lines = [line.strip() for line in files.read_lines(path)]
-    except (OSError, UnicodeDecodeError) as error:
-        raise errors.UserError(f"config.data.class_names: cannot read {path}: {files.reason(error)}") from error
-    while lines and not lines[-1]:
-        lines.pop()
-    if not lines:
-        raise errors.UserError(f"config.data.class_names: {path} holds no names")
-    first = {}
-    for number, name in enumerate(lines, 1):
-        if not name or not name.isprintable():
-            raise errors.UserError(f"config.data.class_names: {path} line {number}: {name!r} is no name of a class")
-        if first.setdefault(name, number) != number:
-            raise errors.UserError(f"config.data.class_names: {path} line {number}: {name!r} stands in line {first[name]} already")
-    return tuple(lines)
-
-
-class Part:
-    """`size` examples spread over a source: one of each of as many equal stretches, since files are sorted by class; which
-    one of it is drawn (always the same), since the classes of generated shapes take turns.
-    """
-
-    def __init__(self, source, size: int):
-        if size > len(source):
-            raise errors.UserError(f"{source!r} has {len(source)} examples, fewer than the {size} asked for")
-        self.source, self.size, self.classes = source, size, source.classes
-        self._chosen = spread(len(source), size)
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, i: int) -> dict:
-        return self.source[int(self._chosen[i])]
-
-    def __repr__(self) -> str:
-        return f"Part({self.source!r}, {self.size})"
-
-    def fingerprint(self, times: bool = False) -> str:
-        return f"{self.size} of {sources.fingerprint(self.source, times)}"
-
-
-def spread(total: int, size: int) -> np.ndarray:
-    """Which `size` of `total` examples stand for all: one of each of as many equal stretches, always the same, rising."""
-    edges = np.arange(size + 1) * total // size
-    return np.random.default_rng(0).integers(edges[:-1], edges[1:])
+    source = sources.open_split(config, split, image_size)
+    size = config.num_train if split == "train" else config.num_eval
+    if size > len(source):
+        raise errors.UserError(f"config.data.num_{split} = {size}, but {source!r} has fewer; use 0 for all")
+    return part.Part(source, size) if 0 < size < len(source) else source
 
 
 def train_batches(
@@ -175,6 +72,7 @@ def train_batches(
     start_step: int,
     config: Config,
     rows: np.ndarray | None = None,
+    fields: Iterable[str] | None = None,
 ) -> "Batches":
     """An endless iterator of this process's rows of batch start_step, start_step + 1, ...
 
@@ -191,6 +89,7 @@ def train_batches(
       config: workers, threads and prefetch are read.
       rows: those of every batch that this process reads (`partition.rows`);
         None = all.
+      fields: of an example that a batch keeps; None = all.
 
     Returns:
       Batches of dicts of arrays [number of rows, ...]. Call its close() when
@@ -206,7 +105,7 @@ def train_batches(
         )
     source, transform = _reading(source, transform, config)
     examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None).random_map(transform)
-    return _iterate(_Rows(examples, batch_size, rows), config, start_step)
+    return _iterate(_Rows(examples, batch_size, rows, fields), config, start_step)
 
 
 def eval_batches(
@@ -216,6 +115,7 @@ def eval_batches(
     batch_size: int,
     config: Config,
     rows: np.ndarray | None = None,
+    fields: Iterable[str] | None = None,
 ) -> "Batches":
     """Every example once, in index order, with "valid": bool [B], False = padding.
 
@@ -228,7 +128,7 @@ def eval_batches(
     padded = _Padded(source, -(-count // batch_size) * batch_size)
     examples = grain.MapDataset.source(padded).seed(0).random_map(transform)
     examples = examples.map_with_index(_MarkValid(count))
-    return _iterate(_Rows(examples, batch_size, rows), config, 0)
+    return _iterate(_Rows(examples, batch_size, rows, fields), config, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,9 +148,10 @@ class _MarkValid:
     num_examples: int
 
     def __call__(self, index: int, example: dict) -> dict:
-        return {**example, "valid": np.bool_(index < self.num_examples and example.get(SKIPPED, NONE) == NONE)}
+        return {**example, VALID: np.bool_(index < self.num_examples and example.get(SKIPPED, NONE) == NONE)}
 
 
+VALID = "valid"  # in an example of an evaluation: False = padding, or it could not be read
 SKIPPED = "skipped"  # in an example: the position of the unreadable one that it replaces, or NONE
 NONE = np.int32(-1)
 
@@ -296,16 +197,22 @@ class _Replacing:
 class _Rows:
     """One process's rows of batch after batch: row r of a batch is the same example for any process count."""
 
-    def __init__(self, examples, batch_size: int, rows: np.ndarray | None):
+    def __init__(self, examples, batch_size: int, rows: np.ndarray | None, fields: Iterable[str] | None):
         self.examples, self.batch_size = examples, batch_size
         self.rows = np.arange(batch_size) if rows is None else rows
+        self.fields = None if fields is None else tuple(fields)
 
     def __len__(self) -> int:
         return len(self.examples) // self.batch_size * len(self.rows)
 
     def __getitem__(self, i: int) -> dict:
         batch, row = divmod(int(i), len(self.rows))
-        return self.examples[batch * self.batch_size + int(self.rows[row])]
+        example = self.examples[batch * self.batch_size + int(self.rows[row])]
+        if self.fields is None:
+            return example
+        if missing := [name for name in self.fields if name not in example]:
+            raise errors.UserError(f"config.data.source: its examples have no {' and no '.join(missing)}, which this task reads")
+        return {name: example[name] for name in (*self.fields, VALID, SKIPPED) if name in example}
 
 
 def _iterate(rows: _Rows, config: Config, start_step: int) -> "Batches":

@@ -17,7 +17,8 @@ import tempfile
 from PIL import Image
 
 from addp_jax import errors, files, parameters
-from addp_jax.data import sources, transforms
+from addp_jax.data import transforms
+from addp_jax.data.sources import image_folder, meta_list
 
 
 PREPARING = ".preparing-"  # beginning of the name of a folder that is being filled
@@ -47,7 +48,7 @@ def prepare(folder: str, output: str, size: int = 256) -> int:
     if size < 1:
         raise errors.UserError(f"--size={size}: use at least 1 pixel")
     listed = os.path.exists(os.path.join(folder, "meta", "val.txt"))
-    source = sources.MetaList(folder, "val") if listed else sources.open_folder(folder, "--input")
+    source = meta_list.MetaList(folder, "val") if listed else image_folder.open_folder(folder, "--input")
     files.require_writable(output, "--output")
     if [name for name in os.listdir(output) if not name.startswith(PREPARING)]:
         raise errors.UserError(f"--output: {output!r} is not empty; choose another folder")

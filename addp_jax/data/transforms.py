@@ -205,6 +205,11 @@ def _where(example: dict) -> str:
     return example.get("path") or f"example {example.get('index', '?')}"
 
 
+def _with_image(example: dict, image: np.ndarray) -> dict:
+    """The example with another image; without its path, which is no array."""
+    return {name: value for name, value in example.items() if name != "path"} | {"image": np.ascontiguousarray(image)}
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainImage:
     """Random resized crop and horizontal flip; made by `train_image`."""
@@ -222,7 +227,7 @@ class TrainImage:
             image = centre_square(image, self.size, self.size)
         if self.flip and rng.random() < 0.5:
             image = image[:, ::-1]
-        return {"image": np.ascontiguousarray(image), "label": np.int32(example["label"])}
+        return _with_image(example, image)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,11 +241,11 @@ class EvalImage:
         del rng
         image = decode(example["image"], _where(example))
         image = centre_square(image, int(self.size / self.crop_pct), self.size)
-        return {"image": np.ascontiguousarray(image), "label": np.int32(example["label"])}
+        return _with_image(example, image)
 
 
 def train_image(size: int, crop_scale: tuple[float, float] = (0.2, 1.0), flip: bool = True) -> TrainImage:
-    """The training transform: example -> {"image": uint8 [size,size,3], "label": int32}.
+    """The training transform: example -> the same with an image uint8 [size,size,3].
 
     Args:
       size: side of the result in pixels.
@@ -253,7 +258,7 @@ def train_image(size: int, crop_scale: tuple[float, float] = (0.2, 1.0), flip: b
 
 
 def eval_image(size: int, crop_pct: float = 1.0) -> EvalImage:
-    """The evaluation transform: example -> {"image": uint8 [size,size,3], "label": int32}.
+    """The evaluation transform: example -> the same with an image uint8 [size,size,3].
 
     Args:
       size: side of the result in pixels.

@@ -11,6 +11,11 @@ from einops import rearrange, reduce
 from addp_jax import errors
 
 GROUP_NORM_EPS = 1e-6
+LAYOUT = (
+    (r".*conv_\w+/kernel", ("replicated",) * 4),
+    (r".*dense_out/kernel", ("replicated", "replicated")),
+    (r".*(bias|scale)", ("replicated",)),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,8 @@ from addp_jax.models import layers, vit
 POOLINGS = ("mean", "class")
 HEAD_STD = 2e-5  # of the fine-tuned head (the release)
 PROBE_STD = 0.01  # of the linear probe (MAE)
+PROBE_LAYOUT = ((r".*dense_out/kernel", ("replicated", "replicated")), (r".*(bias|scale)", ("replicated",)))
+LAYOUT = (*PROBE_LAYOUT[:1], *vit.LAYOUT)
 
 
 @dataclasses.dataclass(frozen=True)

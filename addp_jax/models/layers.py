@@ -16,6 +16,18 @@ from addp_jax.models.dropout import Dropout
 LAYER_NORM_EPS = 1e-6
 HEAD_NORM_EPS = 1e-5  # the release's token heads use torch's default here
 EMBEDDING_INIT = nn.initializers.normal(0.02)
+LAYOUT = (
+    (r".*/block/attention/(query|key|value)/kernel", ("layers", "width", "heads")),
+    (r".*/block/attention/(query|key|value)/bias", ("layers", "heads")),
+    (r".*/block/attention/out/kernel", ("layers", "heads", "width")),
+    (r".*/block/mlp/fc1/kernel", ("layers", "width", "mlp")),
+    (r".*/block/mlp/fc1/bias", ("layers", "mlp")),
+    (r".*/block/mlp/fc2/kernel", ("layers", "mlp", "width")),
+    (r".*/block/((attention/out|mlp/fc2)/bias|norm[12]/(scale|bias))", ("layers", "replicated")),
+    (r".*(decoder_embed|head/fc)/kernel", ("replicated", "width")),
+    (r".*token_embed", ("vocab", "width")),
+    (r".*(mask_token|bias|scale)", ("replicated",)),
+)
 
 
 @dataclasses.dataclass(frozen=True)

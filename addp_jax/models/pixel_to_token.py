@@ -11,6 +11,9 @@ from addp_jax import schema
 from addp_jax.models import layers, vit
 
 
+LAYOUT = ((r".*(pos_visible|pos_masked|pos_token)", ("replicated", "width")), *vit.LAYOUT)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Encoder and decoder of one width; the vocabulary holds the codes first, the mask token last."""
@@ -96,3 +99,17 @@ def init(net: PixelToToken, rng):
     size, shape = net.config.encoder.image_size, (1, net.config.length)
     image = jnp.zeros((1, size, size, 3))
     return net.init(rng, image, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool), capacity=1)["params"]
+
+
+def bind(net: PixelToToken, params):
+    """`net` with its parameters as `samplers.Nets.predict`."""
+    num_codes = net.config.num_codes
+
+    def predict(image, token_ids, mask, capacity):
+        if capacity == 0:  # the encoder's output is hidden: one row of logits serves the whole batch
+            features = jnp.zeros((1, 1 + mask.shape[1], net.config.encoder.width), net.dtype)
+            logits = net.apply({"params": params}, features, token_ids[:1], mask[:1], 0, method=net.decode)
+            return jnp.broadcast_to(logits[..., :num_codes], (*mask.shape, num_codes))
+        return net.apply({"params": params}, image, token_ids, mask, capacity)[..., :num_codes]
+
+    return predict

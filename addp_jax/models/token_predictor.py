@@ -12,6 +12,9 @@ from addp_jax.models import layers
 from addp_jax.models.dropout import Dropout
 
 
+LAYOUT = ((r".*(pos_embed|decoder_pos)", ("replicated", "width")), *layers.LAYOUT)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The vocabulary holds the codes, then rows of which `class_id` fills the class slot, then the mask token."""
@@ -93,3 +96,9 @@ def init(net: TokenPredictor, rng):
     """Parameters of `net`; pure."""
     shape = (1, net.config.length)
     return net.init(rng, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))["params"]
+
+
+def bind(net: TokenPredictor, params):
+    """`net` with its parameters as `samplers.Nets.predict`; it reads neither pixels nor the capacity."""
+    num_codes = net.config.num_codes
+    return lambda image, token_ids, mask, capacity: net.apply({"params": params}, token_ids, mask)[..., :num_codes]

@@ -15,6 +15,12 @@ from addp_jax.models.dropout import Dropout
 
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
+LAYOUT = (
+    (r".*patch_embed/kernel", ("replicated", "width")),
+    (r".*pos_embed", ("replicated", "width")),
+    (r".*class_token", ("replicated",)),
+    *layers.LAYOUT,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,7 @@
 """What the rest of the program knows of a sampler. Adding a sampler adds one file here and edits none.
 
-A sampler file has a frozen, hashable `Config` and two functions:
-
-    segments(config, length, mask_ratio, fewest) -> [(static, at), ...]   numpy schedules, made before tracing;
-                                     `static` is compiled in, `at` holds arrays with a leading step axis
-    step(nets, config, static, carry, at, noise) -> carry         one step, deterministic given its noise
+A sampler file has a frozen, hashable `Config`, derived from the one below, whose `name` is the file's, and the functions of
+`Sampler`.
 
 `sample` below is the loop, the same for all. Every image has its own key: its draws do not depend on
 the batch it is in.
@@ -13,21 +10,37 @@ the batch it is in.
 from __future__ import annotations
 
 import dataclasses
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from addp_jax import diffusion, errors, partition
+from addp_jax import codecs, diffusion, errors, partition, schema
+from addp_jax.ops import images
 
 
 class Nets(NamedTuple):
     """The networks as functions, parameters bound."""
 
     encode: Callable  # image [B,H,W,3] -> token_ids [B,L]
-    predict: Callable  # (image [B,H,W,3], token_ids [B,L], mask [B,L], capacity) -> logits [B,L,K]
+    predict: Callable  # (image [B,H,W,3], token_ids [B,L], mask bool [B,L], capacity) -> logits [B,L,K]
     decode: Callable  # latents [B,L,Z] -> image [B,H,W,3]
     codebook: jax.Array  # [K,Z]
+
+
+class Sampler(Protocol):
+    """A sampler's module."""
+
+    def segments(self, config: Config, length: int, mask_ratio: float, fewest: int | None = None) -> list[tuple[Any, Any]]:
+        """[(static, at), ...]: schedules as numpy arrays, made before tracing.
+
+        `static` is compiled in, `at` a NamedTuple of arrays with a leading step axis, among them `step` and `num_masked`.
+        """
+        ...
+
+    def step(self, nets: Nets, config: Config, static: Any, carry: Carry, at: Any, noise: Noise) -> Carry:
+        """One step, deterministic given its noise."""
+        ...
 
 
 class Noise(NamedTuple):
@@ -46,15 +59,20 @@ class Carry(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(schema.Named):
     """How tokens are drawn. Raises UserError, naming the field, on a value that no sampler can use."""
 
+    PACKAGE = __name__
+
     steps: int = 20  # T
-    schedule: str = "cosine"  # a name of diffusion.SCHEDULES: how the number of masked tokens falls
+    # How the masked tokens become fewer, r the share of the steps done (diffusion.SCHEDULES). cosine: cos(pi/2 r) |
+    # linear: 1 - r | sqrt: 1 - sqrt(r) | constant: L^-r, the same share of what is left in each step
+    schedule: str = "cosine"
     temperature: float = 6.0  # of the noise on the confidence
     annealed: bool = True  # temperature falls linearly to 0 (the release's "dynamic"); else constant
     top_p: float = 1.0  # nucleus of the token draw; 1 = all codes
     top_k: int = 0  # most probable codes that are drawn from, before the nucleus; 0 = all codes
+    name: str = "alternating"  # a file in addp_jax/samplers
 
     def __post_init__(self):
         known = ", ".join(diffusion.SCHEDULES)
@@ -67,6 +85,11 @@ class Config:
         ):
             if not good:
                 raise errors.UserError(f"config.model.sampler.{name}: {getattr(self, name)!r}; {advice}")
+
+
+def bind(predict: Callable, codec: codecs.Codec) -> Nets:
+    """The nets of a network's `predict` and its tokenizer."""
+    return Nets(codec.encode, predict, codec.decode, codec.codebook)
 
 
 def allowed(logits: jax.Array, config: Config) -> jax.Array:
@@ -142,14 +165,13 @@ def reconstruct(nets: Nets, image):
 def unconditional(task, count: int):
     """Jitted `(params, frozen, key) -> [N,H,W,3]`: `count` samples, clipped to [0,1]. Make it once: it is compiled once.
 
-    `task` has `nets`, `sampler` and `sampler_config`.
+    task: a `tasks.Generator`.
     """
 
     @jax.jit
     def run(params, frozen, key):
         nets, keys = task.nets(params, frozen), jax.random.split(key, count)
-        size = task.config.tokenizer.image_size
-        carry = start(nets, keys, jnp.zeros((count, size, size, 3)), 1.0)
+        carry = start(nets, keys, jnp.zeros((count, task.image_size, task.image_size, 3)), 1.0)
         carry, _ = sample(task.sampler, task.sampler_config, nets, keys, carry, 1.0)
         return partition.replicate(jnp.clip(carry.image, 0, 1))
 
@@ -163,11 +185,6 @@ def per_device(task, mask_ratio: float, mesh):
         nets = task.nets(*nets_params)
         carry = start(nets, *batch, mask_ratio)
         carry, _ = sample(task.sampler, task.sampler_config, nets, batch[0], carry, mask_ratio)
-        return to_uint8(carry.image)
+        return images.to_uint8(carry.image)
 
     return partition.per_device(run, mesh)
-
-
-def to_uint8(image: jax.Array) -> jax.Array:
-    """[0,1] -> 0..255, truncated as the release does (0.999 -> 254)."""
-    return jnp.clip(image * 255, 0, 255).astype(jnp.uint8)

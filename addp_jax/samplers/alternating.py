@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -17,7 +18,11 @@ from addp_jax.samplers import Carry, Nets, Noise
 MAX_SEGMENTS = 4  # the scan is cut where a smaller decoder capacity suffices; each cut is one more compilation
 
 
-Config = samplers.Config  # the release's defaults
+@dataclasses.dataclass(frozen=True)
+class Config(samplers.Config):
+    """The defaults are the release's (main_generate.py)."""
+
+    name: str = "alternating"
 
 
 class At(NamedTuple):
@@ -63,17 +68,3 @@ def segments(config: Config, length: int, mask_ratio: float, fewest: int | None 
     groups = [part for part in np.array_split(np.flatnonzero(known), MAX_SEGMENTS - 1) if len(part)]
     groups = [part for part in (np.flatnonzero(known == 0),) if len(part)] + groups
     return [(int(known[part].max()), At(*(entry[part] for entry in at))) for part in groups]
-
-
-def bind(net, params, codec) -> Nets:
-    """The nets of `segments`' programs: `net` a PixelToToken with its parameters, `codec` a tokenizer.Codec."""
-    num_codes = net.config.num_codes
-
-    def predict(image, token_ids, mask, capacity):
-        if capacity == 0:  # the encoder's output is hidden: one row of logits serves the whole batch
-            features = jnp.zeros((1, 1 + mask.shape[1], net.config.encoder.width), net.dtype)
-            logits = net.apply({"params": params}, features, token_ids[:1], mask[:1], 0, method=net.decode)
-            return jnp.broadcast_to(logits[..., :num_codes], (*mask.shape, num_codes))
-        return net.apply({"params": params}, image, token_ids, mask, capacity)[..., :num_codes]
-
-    return Nets(codec.encode, predict, codec.decode, codec.codebook)

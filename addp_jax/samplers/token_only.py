@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -11,7 +12,11 @@ from addp_jax import diffusion, samplers
 from addp_jax.samplers import Carry, Nets, Noise
 
 
-Config = samplers.Config  # MAGE's defaults
+@dataclasses.dataclass(frozen=True)
+class Config(samplers.Config):
+    """The defaults are MAGE's (gen_img_uncond.py)."""
+
+    name: str = "token_only"
 
 
 class At(NamedTuple):
@@ -52,13 +57,3 @@ def segments(config: Config, length: int, mask_ratio: float, fewest: int | None 
     at = At(np.arange(config.steps), after, diffusion.annealing(config.temperature, config.steps, config.annealed))
     parts = [(False, At(*(entry[:-1] for entry in at))), (True, At(*(entry[-1:] for entry in at)))]
     return [(last, part) for last, part in parts if len(part.step)]
-
-
-def bind(predictor, params, codec) -> Nets:
-    """`predictor` a TokenPredictor with its parameters, `codec` a tokenizer.Codec."""
-    num_codes = predictor.config.num_codes
-
-    def predict(image, token_ids, mask, capacity):
-        return predictor.apply({"params": params}, token_ids, mask)[..., :num_codes]
-
-    return Nets(codec.encode, predict, codec.decode, codec.codebook)

@@ -1,27 +1,7 @@
-"""What the training loop knows of a task. Adding a task adds one file here and edits none.
+"""What the rest of the program knows of a task. Adding a task adds one file here and edits none.
 
-A task file has a frozen dataclass `Config` (the fields of `config.model`) and a class `Task`:
-
-    Task(config, dtype)            dtype: of the computation; parameters are float32
-    image_size                     pixels along one side, as the network sees it
-    init(rng) -> params            pure: it is jitted, and traced without running for full-size plans
-    load_frozen() -> frozen        reads the weights that are not trained, as numpy arrays ({} = none)
-    loss(params, frozen, batch, rng, train) -> (scalar, metrics)
-                                   batch: {"image": uint8 [B,H,W,3], ...}; metrics: scalars by name
-    evaluate(params, frozen, batches) -> (scalars, images)
-                                   batches carry "valid" bool [B]; images: float [H,W,3] in [0,1] by name
-    transform(split, data) -> callable   for the input pipeline; split "train" or "eval", data: its config
-
-Where a task needs them:
-
-    load_pretrained() -> params    those that do not start at random: a part of what init gives, as numpy arrays
-    open_source(split, data) -> source   instead of the images that `data` describes
-    compact                        names of networks that compute in `dtype` alone: where frozen, their kernels are kept in it
-    reconstruct(params, frozen, image) -> image   of a tokenizer: float [B,H,W,3] in [0,1], the result not clipped
-    nets(params, frozen), sampler, sampler_config   of a generator: see `addp_jax.samplers`
-    load_for_sampling() -> frozen  what of load_frozen its nets read
-    logits, features(params, frozen, image uint8 [B,H,W,3])   of a task that recognises images: [B,C], [B,D]
-    num_classes   C, of a task with classes
+A task file has a frozen dataclass `Config` (the fields of `config.model`) and a class `Task(config, dtype)`, which derives
+from `Task` below and from those protocols whose abilities it has. dtype: of the computation; parameters are float32.
 """
 
 from __future__ import annotations
@@ -29,59 +9,194 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 
-from addp_jax import errors, parameters, schema
+from addp_jax import errors, parameters, partition, samplers, schema
 from addp_jax.data import pipeline, sources, transforms, walk
+
+
+class Results(NamedTuple):
+    """Of an evaluation."""
+
+    scalars: dict[str, float]
+    images: dict[str, np.ndarray]  # [H,W,3] by name, uint8 or float in [0,1]
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What the training loop, evaluation, plan and benchmark need.
+
+    Attributes:
+      config: the task's own frozen Config.
+      image_size: pixels along one side, as the network sees it.
+      layout: of the trained parameters, see `partition.shardings`.
+      compact: names of networks that compute in `dtype` alone: where frozen, their kernels are kept in it.
+    """
+
+    config: Any
+    image_size: int
+    layout: partition.Layout
+    compact: tuple[str, ...] = ()
+
+    @property
+    def example(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What one element of a batch of training or evaluation holds: shapes without the batch's axis."""
+        return image_example(self.image_size)
+
+    def init(self, rng: jax.Array) -> dict:
+        """The trained networks' parameters by name. Pure: it is jitted, and traced without running for plans."""
+        ...
+
+    def load_frozen(self) -> dict:
+        """The networks that are not trained, as numpy arrays by name; reads their weights."""
+        return {}
+
+    def load_pretrained(self) -> dict:
+        """Parameters that do not start at random: a part of what `init` gives, as numpy arrays."""
+        return {}
+
+    def open_source(self, split: str, data: pipeline.Config) -> sources.Source:
+        """The examples of the split "train" or "eval". Raises UserError if they do not fit the networks."""
+        return pipeline.open_source(data, split, self.image_size)
+
+    def transform(self, split: str, data: pipeline.Config) -> pipeline.Transform:
+        """What the input pipeline does with each example of `open_source`."""
+        return image_transform(split, data, self.image_size)
+
+    def loss(self, params: dict, frozen: dict, batch: dict, rng: jax.Array, train: bool) -> tuple[jax.Array, dict]:
+        """(scalar, {name: scalar}) of a batch, whose images are uint8 [B,H,W,3]."""
+        ...
+
+    def evaluate(self, params: dict, frozen: dict, batches: Iterable[dict]) -> Results:
+        """Over padded batches, which hold "valid" bool [B] beside the fields of `example`."""
+        ...
+
+
+@runtime_checkable
+class Generator(Task, Protocol):
+    """A task whose networks draw images.
+
+    Attributes:
+      sampler: how; see `addp_jax.samplers`.
+      sampler_config: its Config.
+    """
+
+    sampler: samplers.Sampler
+    sampler_config: samplers.Config
+
+    def nets(self, params: dict, frozen: dict) -> samplers.Nets:
+        """The networks as the sampler's functions."""
+        ...
+
+    def load_for_sampling(self) -> dict:
+        """Those of `load_frozen` that `nets` reads."""
+        return self.load_frozen()
+
+
+@runtime_checkable
+class Autoencoder(Task, Protocol):
+    """A task whose network gives images back."""
+
+    def reconstruct(self, params: dict, frozen: dict, image: jax.Array) -> jax.Array:
+        """`image` float [B,H,W,3] in [0,1] -> its reconstruction, not clipped."""
+        ...
+
+
+@runtime_checkable
+class Recogniser(Task, Protocol):
+    """A task whose network has features of images.
+
+    Attributes:
+      crop_pct: fraction of the resized short side that the centre crop of an image keeps.
+      features_are_frozen: they come from `load_frozen` alone; nothing needs to be trained for them.
+    """
+
+    crop_pct: float = 1.0
+    features_are_frozen: bool = False
+
+    def features(self, params: dict, frozen: dict, image: jax.Array) -> jax.Array:
+        """`image` uint8 [B,H,W,3] -> float32 [B,D]."""
+        ...
+
+
+@runtime_checkable
+class Classifier(Recogniser, Protocol):
+    """A task whose network names one of `num_classes` classes for each image."""
+
+    num_classes: int
+
+    @property
+    def example(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return image_example(self.image_size) | {"label": jax.ShapeDtypeStruct((), np.int32)}
+
+    def logits(self, params: dict, frozen: dict, image: jax.Array) -> jax.Array:
+        """`image` uint8 [B,H,W,3] -> float32 [B,C]."""
+        ...
+
+    def open_source(self, split: str, data: pipeline.Config) -> sources.Source:
+        """As `Task.open_source`. Raises UserError if the classes of the data do not fit the network."""
+        source = pipeline.open_source(data, split, self.image_size)
+        check_classes(source, self.num_classes)
+        return source
+
+    def transform(self, split: str, data: pipeline.Config) -> pipeline.Transform:
+        return Labelled(image_transform(split, data, self.image_size, self.crop_pct), self.num_classes)
+
+
+ABILITIES = {Generator: "draw images", Autoencoder: "reconstruct images", Recogniser: "have features of images", Classifier: "name classes"}
 
 
 def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def create(name: str, fields, dtype):
-    """The task `name` with `fields` (a mapping, the user's `config.model`). Raises UserError on an unknown name or field."""
+def load(name: str):
+    """The module of the task `name`. Raises UserError on an unknown name."""
     if name not in names():
         raise errors.UserError(f"config.task: no task {name!r}; the tasks are {', '.join(names())}")
-    module = importlib.import_module(f"{__name__}.{name}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def create(name: str, fields, dtype) -> Task:
+    """The task `name` with `fields` (a mapping, the user's `config.model`). Raises UserError on an unknown name or field."""
+    module = load(name)
     return module.Task(schema.build(module.Config, fields, "config.model"), dtype)
 
 
-def image_transform(split: str, data: pipeline.Config, image_size: int):
+def require(task: Task, name: str, protocol: type) -> None:
+    """Raises UserError, naming the tasks that would do, unless the task `name` has the abilities of `protocol`."""
+    if not isinstance(task, protocol):
+        able = [other for other in names() if issubclass(load(other).Task, protocol)]
+        raise errors.UserError(f"config.task: {name} does not {ABILITIES[protocol]}; use {' or '.join(able)}")
+
+
+def image_example(image_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    return {"image": jax.ShapeDtypeStruct((image_size, image_size, 3), np.uint8)}
+
+
+def image_transform(split: str, data: pipeline.Config, image_size: int, crop_pct: float = 1.0) -> pipeline.Transform:
     """Random resized crop and flip for "train", resize and centre crop for "eval"."""
     if split == "train":
         return transforms.train_image(image_size, data.crop_scale, data.flip)
-    return transforms.eval_image(image_size)
+    return transforms.eval_image(image_size, crop_pct)
 
 
-def open_source(task, split: str, data: pipeline.Config):
-    """What `task` reads in this split: its own source where it has one, else the images of `data`.
-
-    Raises UserError if their classes do not fit the task's network, and what opening them raises.
-    """
-    if hasattr(task, "open_source"):
-        return task.open_source(split, data)
-    source = pipeline.open_source(data, split, task.image_size)
-    if hasattr(task, "num_classes"):
-        check_classes(source, task.num_classes)
-    return source
-
-
-def check_classes(source, num_classes: int, field: str = "config.model.net.num_classes") -> None:
+def check_classes(source: sources.Source, num_classes: int, field: str = "config.model.net.num_classes") -> None:
     """Raises UserError unless the classes of `source`, where they are known, can be those of a network; says if they are few."""
-    found, shown = len(source.classes), parameters.shortened(list(source.classes), walk.SHOWN)
-    if found > num_classes:
-        raise errors.UserError(f"{field} = {num_classes}, but the data has {found} classes: {shown}")
-    base = source.source if isinstance(source, pipeline.Part) else source
-    flat = isinstance(base, sources.ImageFolder) and (base.classes == ("all",) or base.labels.min() < 0)
-    if flat or found == 1 < num_classes:
+    count, shown = len(source.classes), parameters.shortened(list(source.classes), walk.SHOWN)
+    if count > num_classes:
+        raise errors.UserError(f"{field} = {num_classes}, but the data has {count} classes: {shown}")
+    if not source.labelled or count == 1 < num_classes:
         raise errors.UserError(
             f"config.data.path: {source!r} does not tell the classes of its images (found: {shown}); "
             f"the network has {num_classes}: put the images of each class into a folder of their own, in both splits"
         )
-    if 0 < found < num_classes:
-        walk.announce(f"{source!r} has {found} classes ({shown}), the network {num_classes}: some are never seen")
+    if 0 < count < num_classes:
+        walk.announce(f"{source!r} has {count} classes ({shown}), the network {num_classes}: some are never seen")
 
 
 @dataclasses.dataclass(frozen=True)

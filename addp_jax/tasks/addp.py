@@ -9,12 +9,11 @@ import math
 import jax
 import jax.numpy as jnp
 
-from addp_jax import diffusion, errors, partition, samplers, schema, tasks, writers
-from addp_jax.data import pipeline
-from addp_jax.interop import weights
+from addp_jax import codecs, diffusion, errors, partition, pictures, samplers, schema, tasks, weights
+from addp_jax.codecs import vqgan
 from addp_jax.metrics import averages
-from addp_jax.models import pixel_to_token, token_predictor, tokenizer
-from addp_jax.ops import keys
+from addp_jax.models import heads, pixel_to_token, token_predictor
+from addp_jax.ops import images, keys
 from addp_jax.samplers import alternating
 
 COLUMNS = 8  # of the evaluation's denoising picture
@@ -26,37 +25,38 @@ class Config:
 
     net: pixel_to_token.Config = pixel_to_token.Config()
     predictor: token_predictor.Config = token_predictor.Config()
-    tokenizer: tokenizer.Config = tokenizer.Config()
+    tokenizer: codecs.Config = vqgan.Config()
     # Run folders or weight files of the frozen networks, "random" for benchmarks. Their content matters, not their paths.
-    tokenizer_weights: str = schema.field("", matters=schema.NOTHING)
-    predictor_weights: str = schema.field("", matters=schema.NOTHING)
+    tokenizer_weights: str = schema.frozen_weights()
+    predictor_weights: str = schema.frozen_weights()
     masks: diffusion.MaskSchedule = schema.field(diffusion.MaskSchedule(), matters=schema.TRAINING)
     # True: the token predictor's dropout stays on, as in the released training.
     teacher_dropout: bool = schema.field(False, matters=schema.TRAINING)
     label_smoothing: float = schema.field(0.1, least=0, below=1, matters=schema.TRAINING)
-    sampler: alternating.Config = schema.field(alternating.Config(), matters=schema.NOTHING)
+    sampler: samplers.Config = schema.field(alternating.Config(), matters=schema.NOTHING)
     num_samples: int = schema.field(16, least=1, matters=schema.NOTHING)  # in the evaluation's picture
 
 
-class Task:
-    """See `addp_jax.tasks`."""
+class Task(tasks.Generator, tasks.Recogniser):
+    """See `addp_jax.tasks`. Its features are the mean of the encoder's over the patches."""
 
     compact = ("tokenizer", "token_predictor", "pixel_to_token")
+    layout = pixel_to_token.LAYOUT
 
     def __init__(self, config: Config, dtype):
         self.config = config
         self.image_size = config.tokenizer.image_size
         self.net = pixel_to_token.PixelToToken(config.net, dtype)
         self.predictor = token_predictor.TokenPredictor(config.predictor, dtype)
-        self.tokenizer = tokenizer.Tokenizer(config.tokenizer, dtype)
-        self.sampler, self.sampler_config = alternating, config.sampler
+        self.tokenizer = codecs.create(config.tokenizer, dtype)
+        self.sampler, self.sampler_config = schema.module_of(config.sampler), config.sampler
         # Made here so that the second evaluation compiles nothing.
         self._values = jax.jit(functools.partial(self._per_example, train=False))
         self._samples = samplers.unconditional(self, config.num_samples)
         # Static room for known tokens: the cleanest mask of the schedule leaves the most.
         self.capacity = config.net.length - int(diffusion.grid_num_masked(config.masks, config.net.length).min())
-        tokenizer.check_pair(config.tokenizer, config.net.length, config.net.num_codes, "config.model.net")
-        tokenizer.check_pair(config.tokenizer, config.predictor.length, config.predictor.num_codes, "config.model.predictor")
+        codecs.check_pair(config.tokenizer, config.net.length, config.net.num_codes, "config.model.net")
+        codecs.check_pair(config.tokenizer, config.predictor.length, config.predictor.num_codes, "config.model.predictor")
         check_masks(config.masks)
         if config.net.encoder.image_size != config.tokenizer.image_size:
             raise errors.UserError("config.model.net.encoder.image_size differs from config.model.tokenizer.image_size")
@@ -72,7 +72,7 @@ class Task:
 
     def load_for_sampling(self):
         """The token predictor only teaches: no sampler asks it."""
-        init, path = functools.partial(tokenizer.init, self.tokenizer), self.config.tokenizer_weights
+        init, path = functools.partial(codecs.init, self.tokenizer), self.config.tokenizer_weights
         field = "config.model.tokenizer_weights"
         return {"tokenizer": weights.load(path, "tokenizer", init, self.config.tokenizer, field)}
 
@@ -85,7 +85,7 @@ class Task:
         mask_key, teacher_key, dropout_key = jax.random.split(rng, 3)
         if len(batch["image"]) % self.config.masks.group:
             raise errors.UserError(f"config.model.masks.group: does not divide config.batch_size={len(batch['image'])}")
-        image = batch["image"].astype(jnp.float32) / 255
+        image = images.to_unit(batch["image"])
         codec = self.codec(frozen)
 
         token_ids = codec.encode(image)
@@ -121,26 +121,27 @@ class Task:
 
         scalars = averages.mean_over(losses()) | by_ratio.means()
         samples = self._samples(params, frozen, keys.of(0, "samples"))
-        images = {"samples": writers.grid(samples, columns=math.isqrt(self.config.num_samples))}
+        shown_images = {"samples": pictures.grid(samples, columns=math.isqrt(self.config.num_samples))}
         if shown:
-            images["denoising"] = self._denoising(frozen, *shown[0])
-        return scalars, images
+            shown_images["denoising"] = self._denoising(frozen, *shown[0])
+        return tasks.Results(scalars, shown_images)
 
     def _denoising(self, frozen, image, corrupted, logits, token_ids, mask):
         """Rows: original, corrupted input, the network's prediction."""
         probs, codec = jax.nn.softmax(logits[..., : self.config.net.num_codes]), self.codec(frozen)
         predicted = codec.decode(diffusion.mix_latents(probs, token_ids, mask, codec.codebook))
         rows = [jnp.clip(row, 0, 1) for row in (image, corrupted, predicted)]
-        return writers.grid(jnp.concatenate(rows), columns=len(rows[0]))
+        return pictures.grid(jnp.concatenate(rows), columns=len(rows[0]))
 
-    def codec(self, frozen) -> tokenizer.Codec:
-        return tokenizer.codec(self.tokenizer, frozen["tokenizer"])
+    def codec(self, frozen) -> codecs.Codec:
+        return codecs.bind(self.tokenizer, frozen["tokenizer"])
 
     def nets(self, params, frozen) -> samplers.Nets:
-        return alternating.bind(self.net, params["pixel_to_token"], self.codec(frozen))
+        return samplers.bind(pixel_to_token.bind(self.net, params["pixel_to_token"]), self.codec(frozen))
 
-    def transform(self, split: str, data: pipeline.Config):
-        return tasks.image_transform(split, data, self.image_size)
+    def features(self, params, frozen, image):
+        tokens = self.net.apply({"params": params["pixel_to_token"]}, images.to_unit(image), method="encode")
+        return heads.pool(tokens, "mean")
 
 
 def check_masks(masks: diffusion.MaskSchedule) -> None:

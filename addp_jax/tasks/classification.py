@@ -6,17 +6,16 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from addp_jax import partition, schema, tasks, writers
+from addp_jax import partition, pictures, schema, tasks
 from addp_jax.data import augment, pipeline, transforms
-from addp_jax.interop import encoder
 from addp_jax.metrics import averages
 from addp_jax.metrics import classification as metrics
 from addp_jax.models import heads
-from addp_jax.ops import mixup
+from addp_jax.ops import images, mixup
+from addp_jax.weights import encoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +33,15 @@ class Config:
     crop_pct: float = schema.field(1.0, above=0, most=1, matters=schema.NOTHING)
 
 
-class Task:
+class Task(tasks.Classifier):
     """See `addp_jax.tasks`."""
+
+    layout = heads.LAYOUT
 
     def __init__(self, config: Config, dtype):
         self.config = config
         self.image_size = config.net.encoder.image_size
-        self.num_classes = config.net.num_classes
+        self.num_classes, self.crop_pct = config.net.num_classes, config.crop_pct
         self.net = heads.Classifier(config.net, dtype)
         # Made here so that the second evaluation compiles nothing.
         self._logits = jax.jit(self.logits)
@@ -57,15 +58,11 @@ class Task:
         loaded = encoder.load(config.encoder_weights, init, config.net.encoder, "config.model.encoder_weights")
         return {"classifier": {"encoder": loaded}}
 
-    def load_frozen(self):
-        return {}
-
     def loss(self, params, frozen, batch, rng, train: bool):
         config = self.config
         mix_key, dropout_key = jax.random.split(rng)
-        image = batch["image"].astype(jnp.float32) / 255
         image, target = mixup.mix(
-            mix_key, image, batch["label"], mixup=config.mixup, cutmix=config.cutmix,
+            mix_key, images.to_unit(batch["image"]), batch["label"], mixup=config.mixup, cutmix=config.cutmix,
             smoothing=config.label_smoothing, num_classes=self.num_classes,
         )  # fmt: skip
         logits = self.net.apply({"params": params["classifier"]}, image, train, rngs={"dropout": dropout_key})
@@ -73,12 +70,11 @@ class Task:
         return loss, {"loss": loss}
 
     def logits(self, params, frozen, image):
-        """`image` uint8 [B,H,W,3] -> float32 [B,C]."""
-        return self.net.apply({"params": params["classifier"]}, image.astype(jnp.float32) / 255)
+        return self.net.apply({"params": params["classifier"]}, images.to_unit(image))
 
     def features(self, params, frozen, image):
-        """`image` uint8 [B,H,W,3] -> what the classes are read off, float32 [B,D]."""
-        return self.net.apply({"params": params["classifier"]}, image.astype(jnp.float32) / 255, method="features")
+        """What the classes are read off."""
+        return self.net.apply({"params": params["classifier"]}, images.to_unit(image), method="features")
 
     def evaluate(self, params, frozen, batches):
         """Loss, top-1 and top-5 accuracy and that of the classes; the confusion picture."""
@@ -86,16 +82,14 @@ class Task:
         return report(((logits(batch["image"]), batch["label"], batch["valid"]) for batch in batches), self.num_classes)
 
     def transform(self, split: str, data: pipeline.Config):
-        if split == "train":
-            crop = transforms.train_image(self.image_size, data.crop_scale, data.flip)
-            image = augment.AugmentedImage(crop, self.config.augment)
-        else:
-            image = transforms.eval_image(self.image_size, self.config.crop_pct)
-        return tasks.Labelled(image, self.num_classes)
+        if split == "eval":
+            return super().transform(split, data)
+        crop = transforms.train_image(self.image_size, data.crop_scale, data.flip)
+        return tasks.Labelled(augment.AugmentedImage(crop, self.config.augment), self.num_classes)
 
 
-def report(batches, num_classes: int):
-    """`(scalars, images)` of an evaluation from (logits [B,C], labels [B], valid bool [B]) of its batches.
+def report(batches, num_classes: int) -> tasks.Results:
+    """Of an evaluation from (logits [B,C], labels [B], valid bool [B]) of its batches.
 
     top1, top5: accuracy over the examples; class_mean, class_worst: over the classes that have examples;
     class/0, class/1, ...: of each, where there are few. The picture shows those of all classes. All follow the one
@@ -112,9 +106,9 @@ def report(batches, num_classes: int):
 
     scalars = averages.mean_over(each())
     if not scalars:
-        return {}, {}
+        return tasks.Results({}, {})
     of_classes = tally.accuracy()
     scalars |= {"class_mean": float(np.nanmean(of_classes)), "class_worst": float(np.nanmin(of_classes))}
-    if num_classes <= writers.NUMBERED_CLASSES:
+    if num_classes <= pictures.NUMBERED_CLASSES:
         scalars |= {f"class/{n}": float(value) for n, value in enumerate(of_classes) if np.isfinite(value)}
-    return scalars, {"confusion": writers.confusion(tally.examples, tally.hits, tally.matrix)}
+    return tasks.Results(scalars, {"confusion": pictures.confusion(tally.examples, tally.hits, tally.matrix)})

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import optax
 from einops import rearrange
 
-from addp_jax import partition, schema, tasks, writers
-from addp_jax.data import pipeline
+from addp_jax import partition, pictures, schema, tasks
 from addp_jax.metrics import averages
 from addp_jax.metrics import classification as metrics
 from addp_jax.models import convnet
+from addp_jax.ops import images
 
 NUM_PICTURES = 32  # of the evaluation's grid
 BLUR = (0.06, 0.16)  # standard deviation of the blur that spoils an image, fraction of its side
@@ -38,8 +38,10 @@ class Config:
     outliers: float = schema.field(0.25, least=0, below=1, matters=schema.TRAINING)
 
 
-class Task:
+class Task(tasks.Classifier):
     """See `addp_jax.tasks`."""
+
+    layout = convnet.LAYOUT
 
     def __init__(self, config: Config, dtype):
         self.config = config
@@ -48,9 +50,6 @@ class Task:
 
     def init(self, rng):
         return {"convnet": convnet.init(self.net, rng)}
-
-    def load_frozen(self):
-        return {}
 
     def loss(self, params, frozen, batch, rng, train: bool):
         """Cross-entropy; `accuracy` is that of the images which were not spoiled."""
@@ -61,7 +60,7 @@ class Task:
     def _per_example(self, params, batch, rng, train: bool):
         """Loss, accuracy and top class with its probability, each [B], and `kept` bool [B]: not spoiled."""
         config, num_classes = self.config, self.config.net.num_classes
-        image = batch["image"].astype(jnp.float32) / 255
+        image = images.to_unit(batch["image"])
         target = optax.smooth_labels(jax.nn.one_hot(batch["label"], num_classes), config.label_smoothing)
         kept = jnp.ones(len(image), bool)
         if train:
@@ -91,13 +90,17 @@ class Task:
                 top = values.pop("top")
                 if not shown:
                     captions = [f"{n} {p:.0%}" for n, p in zip(top, values["confidence"])][:NUM_PICTURES]
-                    shown["predictions"] = writers.contact_sheet(captions, partition.whole(batch["image"])[:NUM_PICTURES])
+                    shown["predictions"] = pictures.contact_sheet(captions, partition.whole(batch["image"])[:NUM_PICTURES])
                 yield values, valid
 
-        return averages.mean_over(each()), shown
+        return tasks.Results(averages.mean_over(each()), shown)
 
-    def transform(self, split: str, data: pipeline.Config):
-        return tasks.Labelled(tasks.image_transform(split, data, self.image_size), self.num_classes)
+    def logits(self, params, frozen, image):
+        return self.net.apply({"params": params["convnet"]}, images.to_unit(image))
+
+    def features(self, params, frozen, image):
+        """What the classes are read off."""
+        return self.net.apply({"params": params["convnet"]}, images.to_unit(image), method="features")
 
 
 def add_noise(rng, image, most: float):

@@ -19,12 +19,13 @@ import numpy as np
 import optax
 
 from addp_jax import errors, files, parameters, partition, schema, tasks
-from addp_jax.data import features, pipeline, sources, transforms
-from addp_jax.interop import encoder
+from addp_jax.data import features, pipeline, transforms
 from addp_jax.metrics import averages, nearest
 from addp_jax.metrics import classification as metrics
 from addp_jax.models import heads, vit
+from addp_jax.ops import images
 from addp_jax.tasks import classification
+from addp_jax.weights import encoder
 
 NORM_EPS = 1e-6  # of the BatchNorm's variance (MAGE)
 BATCH_SIZE = 256  # images whose features are computed at a time
@@ -37,7 +38,7 @@ class Config:
     encoder: vit.Config = vit.Config()  # as pre-trained: with its input and final LayerNorm
     num_classes: int = schema.field(1000, least=1)  # C
     # Run folder or weight file of ADDP; "random" for the chance level. Its content matters, not its path.
-    encoder_weights: str = schema.field("", matters=schema.NOTHING)
+    encoder_weights: str = schema.frozen_weights()
     cache: str = schema.field("runs/features", matters=schema.NOTHING)  # folder of the computed features
     block: int = -1  # whose output is taken, from 1; -1 = the last, after the final LayerNorm
     pooling: str = "mean"  # mean (of the patches) | class (the class token)
@@ -54,17 +55,25 @@ class Config:
             raise errors.UserError(f"config.model.pooling: {self.pooling!r}; use {' or '.join(heads.POOLINGS)}")
 
 
-class Task:
+class Task(tasks.Classifier):
     """See `addp_jax.tasks`."""
+
+    layout = heads.PROBE_LAYOUT
+    features_are_frozen = True
 
     def __init__(self, config: Config, dtype):
         self.config, self.dtype = config, dtype
         self.image_size = config.encoder.image_size
-        self.num_classes = config.num_classes
+        self.num_classes, self.crop_pct = config.num_classes, config.crop_pct
         self.block = config.encoder.depth if config.block == -1 else config.block
         self.net = heads.LinearProbe(config.num_classes)
         self.opened = {}  # {split: its features}; the k-NN classifier looks in those of "train"
         self._logits = jax.jit(lambda params, rows: self.net.apply({"params": params["linear_probe"]}, rows))
+
+    @property
+    def example(self):
+        width = self.config.encoder.width
+        return {"features": jax.ShapeDtypeStruct((width,), np.float32), "label": jax.ShapeDtypeStruct((), np.int32)}
 
     def init(self, rng):
         return {"linear_probe": self.net.init(rng, jnp.zeros((1, self.config.encoder.width)))["params"]}
@@ -102,7 +111,7 @@ class Task:
         source = pipeline.open_source(data, split, self.image_size)
         tasks.check_classes(source, self.num_classes, "config.model.num_classes")
         settings = config.encoder, self.block, config.pooling, config.crop_pct, jnp.dtype(self.dtype).name
-        key = features.identity(parameters.content_hash(self._encoder), sources.fingerprint(source, times=True), repr(settings))
+        key = features.identity(parameters.content_hash(self._encoder), source.fingerprint(times=True), repr(settings))
         files.require_writable(config.cache, "config.model.cache")
         found = features.cached(config.cache, key, source, lambda: self._compute(source, data))
         if found.labels.max() >= self.num_classes:
@@ -126,12 +135,10 @@ class Task:
         return loss, {"loss": loss}
 
     def features(self, params, frozen, image):
-        """`image` uint8 [B,H,W,3] -> float32 [B,D]."""
-        config, image = self.config, image.astype(jnp.float32) / 255
-        return heads.block_features(config.encoder, frozen["encoder"], image, self.block, config.pooling, self.dtype)
+        config = self.config
+        return heads.block_features(config.encoder, frozen["encoder"], images.to_unit(image), self.block, config.pooling, self.dtype)
 
     def logits(self, params, frozen, image):
-        """`image` uint8 [B,H,W,3] -> float32 [B,C]."""
         return self._logits(params, self.features(params, frozen, image))
 
     def evaluate(self, params, frozen, batches):
@@ -152,8 +159,8 @@ class Task:
                     found.append(({n: metrics.in_top(v, label, 1) for n, v in zip(names, voted)}, valid))
                 yield self._logits(params, batch["features"]), label, valid
 
-        scalars, images = classification.report(each(), self.num_classes)
-        return scalars | averages.mean_over(found), images
+        scalars, shown = classification.report(each(), self.num_classes)
+        return tasks.Results(scalars | averages.mean_over(found), shown)
 
     def transform(self, split: str, data: pipeline.Config):
         return as_it_is

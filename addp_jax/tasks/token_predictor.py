@@ -9,12 +9,11 @@ import math
 import jax
 import jax.numpy as jnp
 
-from addp_jax import diffusion, errors, partition, samplers, schema, tasks, writers
-from addp_jax.data import pipeline
-from addp_jax.interop import weights
+from addp_jax import codecs, diffusion, errors, partition, pictures, samplers, schema, tasks, weights
+from addp_jax.codecs import vqgan
 from addp_jax.metrics import averages, classification
-from addp_jax.models import token_predictor, tokenizer
-from addp_jax.ops import keys
+from addp_jax.models import token_predictor
+from addp_jax.ops import images, keys
 from addp_jax.samplers import token_only
 
 
@@ -23,16 +22,16 @@ class Config:
     """Fields of `config.model`."""
 
     net: token_predictor.Config = token_predictor.Config()
-    tokenizer: tokenizer.Config = tokenizer.Config()
+    tokenizer: codecs.Config = vqgan.Config()
     # Run folder or weight file of the frozen tokenizer, "random" for benchmarks. Its content matters, not its path.
-    tokenizer_weights: str = schema.field("", matters=schema.NOTHING)
+    tokenizer_weights: str = schema.frozen_weights()
     # Mask ratio ~ normal(mask_mean, mask_std) cut to [mask_low, mask_high].
     mask_low: float = schema.field(0.5, least=0, below=1, matters=schema.TRAINING)
     mask_high: float = schema.field(1.0, above=0, most=1, matters=schema.TRAINING)
     mask_mean: float = schema.field(0.55, matters=schema.TRAINING)
     mask_std: float = schema.field(0.25, above=0, matters=schema.TRAINING)
     label_smoothing: float = schema.field(0.1, least=0, below=1, matters=schema.TRAINING)
-    sampler: token_only.Config = schema.field(token_only.Config(), matters=schema.NOTHING)
+    sampler: samplers.Config = schema.field(token_only.Config(), matters=schema.NOTHING)
     num_samples: int = schema.field(16, least=1, matters=schema.NOTHING)  # in the evaluation's picture
 
     def __post_init__(self):
@@ -40,30 +39,28 @@ class Config:
             raise errors.UserError(f"config.model.mask_low: {self.mask_low} is above mask_high = {self.mask_high}")
 
 
-class Task:
+class Task(tasks.Generator):
     """See `addp_jax.tasks`."""
 
     compact = ("tokenizer", "token_predictor")
+    layout = token_predictor.LAYOUT
 
     def __init__(self, config: Config, dtype):
         self.config = config
         self.image_size = config.tokenizer.image_size
         self.net = token_predictor.TokenPredictor(config.net, dtype)
-        self.tokenizer = tokenizer.Tokenizer(config.tokenizer, dtype)
-        self.sampler, self.sampler_config = token_only, config.sampler
+        self.tokenizer = codecs.create(config.tokenizer, dtype)
+        self.sampler, self.sampler_config = schema.module_of(config.sampler), config.sampler
         # Made here so that the second evaluation compiles nothing.
         self._values = jax.jit(functools.partial(self._per_example, train=False))
         self._samples = samplers.unconditional(self, config.num_samples)
-        tokenizer.check_pair(config.tokenizer, config.net.length, config.net.num_codes, "config.model.net")
+        codecs.check_pair(config.tokenizer, config.net.length, config.net.num_codes, "config.model.net")
 
     def init(self, rng):
         return {"token_predictor": token_predictor.init(self.net, rng)}
 
     def load_frozen(self):
-        return self.load_for_sampling()
-
-    def load_for_sampling(self):
-        init, path = functools.partial(tokenizer.init, self.tokenizer), self.config.tokenizer_weights
+        init, path = functools.partial(codecs.init, self.tokenizer), self.config.tokenizer_weights
         field = "config.model.tokenizer_weights"
         return {"tokenizer": weights.load(path, "tokenizer", init, self.config.tokenizer, field)}
 
@@ -74,8 +71,7 @@ class Task:
     def _per_example(self, params, frozen, batch, rng, train: bool):
         """Loss and accuracy at masked positions, and the masked share of them, each [B]."""
         mask_key, dropout_key = jax.random.split(rng)
-        image = batch["image"].astype(jnp.float32) / 255
-        token_ids = tokenizer.codec(self.tokenizer, frozen["tokenizer"]).encode(image)
+        token_ids = self.codec(frozen).encode(images.to_unit(batch["image"]))
         mask, kept = self._draw_masks(mask_key, *token_ids.shape)
         logits = self.net.apply(
             {"params": params["token_predictor"]}, token_ids, mask, kept, train, rngs={"dropout": dropout_key}
@@ -113,10 +109,10 @@ class Task:
 
         scalars = averages.mean_over(values()) | losses.means()
         samples = self._samples(params, frozen, keys.of(0, "samples"))
-        return scalars, {"samples": writers.grid(samples, columns=math.isqrt(self.config.num_samples))}
+        return tasks.Results(scalars, {"samples": pictures.grid(samples, columns=math.isqrt(self.config.num_samples))})
+
+    def codec(self, frozen) -> codecs.Codec:
+        return codecs.bind(self.tokenizer, frozen["tokenizer"])
 
     def nets(self, params, frozen) -> samplers.Nets:
-        return token_only.bind(self.net, params["token_predictor"], tokenizer.codec(self.tokenizer, frozen["tokenizer"]))
-
-    def transform(self, split: str, data: pipeline.Config):
-        return tasks.image_transform(split, data, self.image_size)
+        return samplers.bind(token_predictor.bind(self.net, params["token_predictor"]), self.codec(frozen))

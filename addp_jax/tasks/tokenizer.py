@@ -1,7 +1,7 @@
-"""Stage 1: train the tokenizer as MaskGIT did: reconstruction, vector quantisation and an adversary in one scalar.
+"""Stage 1: train the tokenizer as MaskGIT did: reconstruction, vector quantisation and a discriminator in one scalar.
 
 The scalar holds two games at once. Stop-gradients see to it that the tokenizer's gradient contains nothing of the
-adversary's own terms and the other way round, so that one optimizer step is MaskGIT's simultaneous update of both.
+discriminator's own terms and the other way round, so that one optimizer step is MaskGIT's simultaneous update of both.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from addp_jax import errors, partition, schema, tasks, writers
-from addp_jax.data import pipeline
-from addp_jax.interop import features
+from addp_jax import codecs, errors, partition, schema, tasks
+from addp_jax.codecs import vqgan
 from addp_jax.metrics import reconstruction
-from addp_jax.models import adversary, perceptual, tokenizer
+from addp_jax.models import discriminator, perceptual
+from addp_jax.ops import images
+from addp_jax.weights import feature_nets
 
 LOG_EPS = 1e-5  # MaskGIT's, in the logarithm of the mean code probabilities
 NUM_PICTURES = 8  # of the evaluation's reconstruction grid
@@ -26,16 +27,16 @@ NUM_PICTURES = 8  # of the evaluation's reconstruction grid
 class Config:
     """Fields of `config.model`; the loss weights are MaskGIT's."""
 
-    net: tokenizer.Config = tokenizer.Config()
-    adversary: adversary.Config = schema.field(adversary.Config(), matters=schema.TRAINING)
+    net: codecs.Config = vqgan.Config()
+    discriminator: discriminator.Config = schema.field(discriminator.Config(), matters=schema.TRAINING)
     l2_weight: float = schema.field(1.0, least=0, matters=schema.TRAINING)
     l1_weight: float = schema.field(0.0, least=0, matters=schema.TRAINING)
     codebook_weight: float = schema.field(1.0, least=0, matters=schema.TRAINING)  # pulls codes to features
     commitment_weight: float = schema.field(0.25, least=0, matters=schema.TRAINING)  # pulls features to codes
     entropy_weight: float = schema.field(0.1, matters=schema.TRAINING)
     entropy_temperature: float = schema.field(0.01, above=0, matters=schema.TRAINING)
-    # Of the tokenizer's wish to pass for real; 0 = no adversary is made at all.
-    adversary_weight: float = schema.field(0.1, least=0, matters=schema.TRAINING)
+    # Of the tokenizer's wish to pass for real; 0 = no discriminator is made at all.
+    discriminator_weight: float = schema.field(0.1, least=0, matters=schema.TRAINING)
     r1_weight: float = schema.field(10.0, least=0, matters=schema.TRAINING)  # gradient penalty on real images
     perceptual_weight: float = schema.field(0.1, least=0, matters=schema.TRAINING)
     # torchvision's vgg16 .pth or .safetensors; "" = no perceptual term.
@@ -43,25 +44,32 @@ class Config:
     # LPIPS' v0.1/vgg .pth or .safetensors, for the evaluation, with perceptual_weights; "" = no LPIPS.
     lpips_weights: str = schema.field("", matters=schema.NOTHING)
 
+    def __post_init__(self):
+        if self.discriminator_weight:
+            try:
+                self.discriminator.widths(self.net.image_size)
+            except ValueError as error:
+                raise errors.UserError(f"config.model.net.image_size: {error}; or set discriminator_weight=0") from error
 
-class Task:
-    """See `addp_jax.tasks`. Trained parameters: {"tokenizer": ...} and, with an adversary, {"adversary": ...}."""
+
+class Task(tasks.Autoencoder):
+    """See `addp_jax.tasks`. Trained parameters: {"tokenizer": ...} and, with a discriminator, {"discriminator": ...}."""
 
     def __init__(self, config: Config, dtype):
-        check(config)
         self.config = config
+        self.layout = (*schema.module_of(config.net).LAYOUT, *discriminator.LAYOUT)
         self.image_size = config.net.image_size
         self.dtype = dtype
-        self.net = tokenizer.Tokenizer(config.net, dtype)
-        self.adversary = adversary.Adversary(config.adversary, dtype) if config.adversary_weight else None
+        self.net = codecs.create(config.net, dtype)
+        self.discriminator = discriminator.Discriminator(config.discriminator, dtype) if config.discriminator_weight else None
         self.perceptual = bool(config.perceptual_weights and config.perceptual_weight)
         self._jitted_statistics = jax.jit(self._statistics)
 
     def init(self, rng):
-        tokenizer_rng, adversary_rng = jax.random.split(rng)
-        params = {"tokenizer": tokenizer.init(self.net, tokenizer_rng)}
-        if self.adversary:
-            params["adversary"] = adversary.init(self.adversary, adversary_rng, self.image_size)
+        tokenizer_rng, discriminator_rng = jax.random.split(rng)
+        params = {"tokenizer": codecs.init(self.net, tokenizer_rng)}
+        if self.discriminator:
+            params["discriminator"] = discriminator.init(self.discriminator, discriminator_rng, self.image_size)
         return params
 
     def load_frozen(self):
@@ -69,14 +77,14 @@ class Task:
         if not self.perceptual:
             return {}
         path, convert = self.config.perceptual_weights, perceptual.params_from_torchvision
-        found = features.read_weights(path, convert, "config.model.perceptual_weights", "torchvision's vgg16")
+        found = feature_nets.read_weights(path, convert, "config.model.perceptual_weights", "torchvision's vgg16")
         return {"perceptual": found}
 
     def loss(self, params, frozen, batch, rng, train):
         """The scalar and its parts before weighting. It draws no random numbers, and `train` changes nothing."""
         del rng, train
         config = self.config
-        image = to_unit(batch["image"])
+        image = images.to_unit(batch["image"])
         out = self._reconstruct(params, image)
         error = out["reconstruction"] - image
         entropy, entropies = entropy_loss(out["distances"], config.entropy_temperature)
@@ -92,8 +100,8 @@ class Task:
             terms["perceptual"] = (config.perceptual_weight, distances.mean())
         metrics = {"psnr": reconstruction.psnr(image, out["reconstruction"]).mean(), **entropies}
         metrics |= code_statistics(count_codes(out["token_ids"], config.net.num_codes))
-        if self.adversary:
-            games, logits = self._games(params["adversary"], image, out["reconstruction"])
+        if self.discriminator:
+            games, logits = self._games(params["discriminator"], image, out["reconstruction"])
             terms |= games
             metrics |= logits
         loss = sum(weight * value for weight, value in terms.values())
@@ -117,15 +125,15 @@ class Task:
         """Both players' terms as {name: (weight, value)}, and the mean logits.
 
         The non-saturating game and R1 (arXiv:1801.04406) on real images. Only `adversarial` reaches the tokenizer;
-        `discriminator` and `r1`, with weights that do not depend on it, reach the adversary.
+        `discriminator` and `r1`, with weights that do not depend on it, reach the discriminator.
         """
-        judge = lambda params, image: self.adversary.apply({"params": params}, image)
+        judge = lambda params, image: self.discriminator.apply({"params": params}, image)
         passed = judge(jax.lax.stop_gradient(params), reconstruction)
         fake = judge(params, jax.lax.stop_gradient(reconstruction))
         real, pull_back = jax.vjp(lambda image: judge(params, image), image)
         (slope,) = pull_back(jnp.ones_like(real))
         terms = {
-            "adversarial": (self.config.adversary_weight, jax.nn.softplus(-passed).mean()),
+            "adversarial": (self.config.discriminator_weight, jax.nn.softplus(-passed).mean()),
             "discriminator": (1.0, jax.nn.softplus(-real).mean() + jax.nn.softplus(fake).mean()),
             "r1": (self.config.r1_weight, (slope**2).sum((1, 2, 3)).mean()),
         }
@@ -145,8 +153,8 @@ class Task:
         scalars = {name: total / examples for name, total in totals.items()} | code_statistics(counts, np)
         originals, reconstructions, valid = pictures
         rows = np.concatenate([originals[valid], reconstructions[valid]])
-        grid = writers.grid(rows, columns=int(valid.sum())).astype(np.float32) / 255
-        return {name: float(value) for name, value in scalars.items()}, {"reconstructions": grid}
+        grid = pictures.grid(rows, columns=int(valid.sum())).astype(np.float32) / 255
+        return tasks.Results({name: float(value) for name, value in scalars.items()}, {"reconstructions": grid})
 
     def _lpips_weights(self) -> list:
         """[] without them. They are read here, not with the frozen weights, as no training depends on them."""
@@ -154,11 +162,11 @@ class Task:
         if path and not self.perceptual:
             raise errors.UserError("config.model.lpips_weights needs config.model.perceptual_weights, its VGG16")
         field = "config.model.lpips_weights"
-        return features.read_weights(path, perceptual.lpips_from_torch, field, "LPIPS' v0.1/vgg") if path else []
+        return feature_nets.read_weights(path, perceptual.lpips_from_torch, field, "LPIPS' v0.1/vgg") if path else []
 
     def _statistics(self, params, frozen, lpips, batch):
         """Sums over the batch's valid examples, and its first images; replicated: every process can read them."""
-        image, valid = to_unit(batch["image"]), batch["valid"]
+        image, valid = images.to_unit(batch["image"]), batch["valid"]
         out = self._reconstruct(params, image)
         found = jnp.clip(out["reconstruction"], 0, 1)
         values = {
@@ -177,34 +185,6 @@ class Task:
         """`image` [B,H,W,3] in [0,1] -> its reconstruction, not clipped."""
         del frozen
         return self.net.apply({"params": params["tokenizer"]}, image)
-
-    def transform(self, split: str, data: pipeline.Config):
-        return tasks.image_transform(split, data, self.image_size)
-
-
-def check(config: Config):
-    """Raises UserError on sizes that do not fit together."""
-    net = config.net
-    if net.image_size % net.patch_size:
-        raise errors.UserError(
-            f"config.model.net.image_size: {net.image_size} is not a multiple of {net.patch_size}, "
-            f"the pixels per token of {len(net.multipliers)} multipliers"
-        )
-    for multiplier in net.multipliers:
-        if net.channels * multiplier % net.num_groups:
-            raise errors.UserError(
-                f"config.model.net.num_groups: {net.num_groups} does not divide {net.channels} x {multiplier} channels"
-            )
-    if config.adversary_weight:
-        try:
-            config.adversary.widths(net.image_size)
-        except ValueError as error:
-            raise errors.UserError(f"config.model.net.image_size: {error}; or set adversary_weight=0") from error
-
-
-def to_unit(image):
-    """uint8 [B,H,W,3] -> float32 in [0,1]."""
-    return image.astype(jnp.float32) / 255
 
 
 def squared_gap(one, other):

@@ -1,0 +1,37 @@
+"""A part of a source that stands for all of it."""
+
+import numpy as np
+
+from addp_jax import errors
+from addp_jax.data import sources
+
+
+class Part(sources.Source):
+    """`size` examples spread over a source: one of each of as many equal stretches, since files are sorted by class; which
+    one of it is drawn (always the same), since the classes of generated shapes take turns.
+    """
+
+    def __init__(self, source, size: int):
+        if size > len(source):
+            raise errors.UserError(f"{source!r} has {len(source)} examples, fewer than the {size} asked for")
+        self.source, self.size = source, size
+        self.classes, self.labelled = source.classes, source.labelled
+        self._chosen = spread(len(source), size)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, i: int) -> dict:
+        return self.source[int(self._chosen[i])]
+
+    def __repr__(self) -> str:
+        return f"Part({self.source!r}, {self.size})"
+
+    def fingerprint(self, times: bool = False) -> str:
+        return f"{self.size} of {self.source.fingerprint(times)}"
+
+
+def spread(total: int, size: int) -> np.ndarray:
+    """Which `size` of `total` examples stand for all: one of each of as many equal stretches, always the same, rising."""
+    edges = np.arange(size + 1) * total // size
+    return np.random.default_rng(0).integers(edges[:-1], edges[1:])

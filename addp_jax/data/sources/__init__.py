@@ -1,0 +1,150 @@
+"""Random-access sources of examples. Adding a source adds one file here and edits none.
+
+A source file has `open_split(config, split, image_size) -> Source`, where config is `pipeline.Config`, whose `source` is
+the file's name, and split "train" or "eval".
+
+Sources are cheap to pickle, because every worker process gets a copy.
+"""
+
+import hashlib
+import importlib
+import os
+import pkgutil
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from addp_jax import errors, files
+
+LARGEST_LABEL = 2**31 - 1
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Examples by their number.
+
+    Attributes:
+      classes: names by label; empty when unknown.
+      labelled: False where no label says anything: images without folders of classes.
+    """
+
+    classes: tuple[str, ...]
+    labelled: bool
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> dict:
+        """Of images a dict:
+
+        image  the undecoded bytes of one file (decoding is the transform's work), or uint8 [H,W,3]
+        label  int32; -1 when unknown
+        index  int32, position in the source
+        path   the file, for error messages
+
+        and whatever else a task's example has. Raises Unreadable.
+        """
+        ...
+
+    def fingerprint(self, times: bool = False) -> str:
+        """Changes with the examples, wherever they lie; of files, without reading them. See `Files.fingerprint`."""
+        ...
+
+
+def names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def open_split(config, split: str, image_size: int) -> Source:
+    """The source `config.source` of the split "train" or "eval".
+
+    image_size: side in pixels of generated images; files have their own. Raises UserError: unknown source, or what it raises.
+    """
+    if config.source not in names():
+        raise errors.UserError(f"config.data.source = {config.source!r}; choose {', '.join(names())}")
+    return importlib.import_module(f"{__name__}.{config.source}").open_split(config, split, image_size)
+
+
+def require_path(config) -> str:
+    """Raises UserError if `config.path` is empty."""
+    if not config.path:
+        raise errors.UserError(f"config.data.path is empty; config.data.source={config.source} reads from it")
+    return config.path
+
+
+class Files(Source):
+    """Image files with labels, their paths kept as one bytes object.
+
+    A list of a million paths takes a second to pickle, this takes milliseconds.
+
+    Args:
+      root: folder that `paths` are relative to.
+      paths: file names.
+      labels: one int per path.
+      classes: class names by label, or () when unknown.
+      sizes: bytes of each file, or None = asked for when needed.
+
+    `labels` is int32 [N].
+    """
+
+    def __init__(self, root: str, paths: list[str], labels: list[int], classes: tuple[str, ...], sizes: list[int] | None = None):
+        encoded = [os.fsencode(path) for path in paths]
+        self.root = root
+        self.classes = classes
+        self._names = b"".join(encoded)
+        self._ends = np.cumsum([0] + [len(name) for name in encoded])
+        self._sizes = None if sizes is None else np.array(sizes, np.int64)
+        self.labels = np.array(labels, np.int32)
+        self.labelled = classes != ("all",) and self.labels.min(initial=0) >= 0
+
+    def path(self, i: int) -> str:
+        """The file of example i."""
+        name = self._names[self._ends[i] : self._ends[i + 1]]
+        return os.path.join(self.root, os.fsdecode(name))
+
+    def fingerprint(self, times: bool = False) -> str:
+        """Changes when a file is added, removed, renamed, relabelled or gets another size; with `times`, when it is rewritten.
+
+        Without `times` it survives moving and copying the folder.
+        """
+        if times:
+            return file_fingerprint((self.path(i) for i in range(len(self))), self.labels.tobytes())
+        sizes = self._sizes
+        if sizes is None:
+            sizes = np.array([file_status(self.path(i)).st_size for i in range(len(self))], np.int64)
+        parts = self._names, self._ends.astype(np.int64).tobytes(), sizes.tobytes(), self.labels.tobytes()
+        return hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> dict:
+        path = self.path(i)
+        try:
+            image = files.read_bytes(path)
+        except OSError as error:
+            raise errors.Unreadable(f"cannot read {path}: {files.reason(error)}") from error
+        return {"image": image, "label": self.labels[i], "index": np.int32(i), "path": path}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.root!r}, {len(self)} images)"
+
+
+def file_status(path: str) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except OSError as error:
+        raise errors.Unreadable(f"cannot read {path}: {files.reason(error)}") from error
+
+
+def file_fingerprint(paths, more: bytes = b"", times: bool = True) -> str:
+    """16 hex digits from names and sizes, and with `times` from where the files lie and when they changed.
+
+    The time of change, unlike that of modification, cannot be set back by what copies or unpacks files.
+    """
+    digest = hashlib.blake2b(more, digest_size=8)
+    for path in paths:
+        status = file_status(path)
+        digest.update(os.fsencode(path if times else os.path.basename(path)) + f"\0{status.st_size}\0".encode())
+        if times:
+            digest.update(f"{status.st_mtime_ns}\0{status.st_ctime_ns}\0".encode())
+    return digest.hexdigest()

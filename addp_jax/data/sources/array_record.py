@@ -1,0 +1,102 @@
+"""array_record shards that `addp_jax.data.pack` wrote."""
+
+import glob
+import os
+import re
+
+import grain
+import msgpack
+import numpy as np
+
+from addp_jax import errors, files
+from addp_jax.data import sources, walk
+
+
+def open_split(config, split: str, image_size: int) -> sources.Source:
+    return ArrayRecord(sources.require_path(config), config.train_split if split == "train" else config.eval_split)
+
+
+class ArrayRecord(sources.Source):
+    """Shards written by `python -m addp_jax.data.pack`.
+
+    Args:
+      path: the folder of the shards, or a glob that matches them.
+      split: shards named `<split>-00000-of-00004.array_record` are read.
+
+    Raises:
+      UserError: no shard, a missing shard, or a file of another format.
+    """
+
+    labelled = True
+
+    def __init__(self, path: str, split: str = "train"):
+        self.path, self.split = path, split
+        shard_files = shards(path, split)
+        folder = os.path.dirname(shard_files[0])
+        self._records = _open_shards(shard_files)
+        names = os.path.join(folder, f"{split}-classes.json")
+        try:
+            classes = files.read_json(names)
+            if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes) or len(set(classes)) < len(classes):
+                raise ValueError("not a list of different names")
+            self.classes = tuple(classes)
+        except (OSError, ValueError, TypeError) as error:
+            raise errors.UserError(f"config.data.path: cannot read {names}: {files.reason(error)}") from error
+
+    def fingerprint(self, times: bool = False) -> str:
+        """Changes with the shards: their names and sizes, with `times` also their place and time of change."""
+        return sources.file_fingerprint(shards(self.path, self.split), times=times)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, i: int) -> dict:
+        try:
+            record = msgpack.unpackb(self._records[int(i)], unicode_errors="surrogateescape")
+            image, label, path = record["image"], record["label"], record["path"]
+            if not isinstance(image, bytes) or not isinstance(path, str) or type(label) is not int:
+                raise ValueError("an entry of another type")
+            if not walk.UNKNOWN <= label <= sources.LARGEST_LABEL:
+                raise ValueError(f"label {label}")
+        except Exception as error:  # array_record raises bare C++ errors
+            where = f"{self.path!r}, split {self.split}, record {i}"
+            raise errors.Unreadable(f"{where}: damaged, or not by addp_jax.data.pack: {files.reason(error)}") from error
+        return {"image": image, "label": np.int32(label), "index": np.int32(i), "path": files.printable(path)}
+
+    def __repr__(self) -> str:
+        return f"ArrayRecord({self.path!r}, {self.split!r}, {len(self)} images)"
+
+
+def _open_shards(paths: list[str]):
+    """The records of all shards. Raises UserError naming the one that cannot be opened."""
+    try:
+        return grain.sources.ArrayRecordDataSource(paths)
+    except Exception as error:  # array_record raises bare C++ errors, which name no file
+        for path in paths:
+            try:
+                len(grain.sources.ArrayRecordDataSource([path]))
+            except Exception as one:
+                raise errors.UserError(f"config.data.path: {path} is damaged or cut short ({files.reason(one)})") from one
+        raise errors.UserError(f"config.data.path: cannot open {paths[0]} and the others: {files.reason(error)}") from error
+
+
+def shards(path: str, split: str) -> list[str]:
+    """The shard files of a split, in order.
+
+    Raises:
+      UserError: there is none, or fewer than their names promise.
+    """
+    pattern = re.compile(re.escape(split) + r"-\d+-of-(\d+)\.array_record")
+    candidates = sorted(glob.glob(os.path.join(glob.escape(path), "*") if os.path.isdir(path) else path))
+    found = [(file, match) for file in candidates if (match := pattern.fullmatch(os.path.basename(file)))]
+    if not found:
+        raise errors.UserError(
+            f"config.data.path: no {split}-*.array_record in {path!r}; write them with python -m addp_jax.data.pack"
+        )
+    promised = int(found[0][1].group(1))
+    if len(found) != promised:
+        raise errors.UserError(f"config.data.path: {len(found)} of {promised} {split} shards found in {path!r}")
+    for file, _ in found:
+        if not os.path.isfile(file):
+            raise errors.UserError(f"config.data.path: {file} is not a regular file")
+    return [file for file, _ in found]

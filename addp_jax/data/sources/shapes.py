@@ -1,0 +1,264 @@
+"""A generated data set: bright shapes on quiet backgrounds, with boxes and masks.
+
+Example i is drawn from (seed, i) when it is asked for: no files, no download.
+Outlines are signed distances in a frame where the shape has about radius 1
+(negative inside), which gives antialiased edges and exact masks in a few array
+operations.
+"""
+
+import colorsys
+import dataclasses
+
+import numpy as np
+
+from addp_jax.data import sources
+
+SEEDS, SIZES = {"train": 0, "eval": 1}, {"train": 50_000, "eval": 2_000}  # of the splits
+CLASSES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "crescent")
+
+# Name, RGB 0..255. Light colours go on dark backgrounds and the other way round.
+LIGHT = (
+    ("yellow", (255, 214, 10)),
+    ("orange", (255, 149, 40)),
+    ("lime", (150, 230, 60)),
+    ("cyan", (70, 215, 240)),
+    ("pink", (255, 135, 190)),
+)
+DARK = (
+    ("red", (215, 30, 45)),
+    ("blue", (30, 80, 210)),
+    ("green", (10, 125, 65)),
+    ("purple", (115, 40, 165)),
+    ("magenta", (190, 15, 115)),
+)
+_TEXTURES = ("plain", "stripes", "dots", "checker")
+_TEXTURE_ODDS = (0.55, 0.15, 0.15, 0.15)
+
+
+def _triangle(u, v):
+    return np.maximum(v, np.sqrt(0.75) * np.abs(u) - 0.5 * v) - 0.58
+
+
+def _star(u, v):
+    sector = 2 * np.pi / 5
+    angle = np.abs(np.mod(np.arctan2(u, -v) + sector / 2, sector) - sector / 2)
+    radius = np.hypot(u, v)
+    tip, notch = np.array([1.0, 0.0]), 0.45 * np.array([np.cos(sector / 2), np.sin(sector / 2)])
+    normal = np.array([tip[1] - notch[1], notch[0] - tip[0]]) / -np.hypot(*(tip - notch))
+    return radius * (np.cos(angle) * normal[0] + np.sin(angle) * normal[1]) - normal @ tip
+
+
+def _cross(u, v):
+    u, v = np.abs(u), np.abs(v)
+    return np.minimum(np.maximum(u - 0.95, v - 0.32), np.maximum(u - 0.32, v - 0.95))
+
+
+def _heart(u, v):
+    v = v + 0.1
+    side = (np.abs(u) + np.abs(v - 0.25) - 0.75) * np.sqrt(0.5)
+    lobe = np.hypot(np.abs(u) - 0.375, v + 0.125) - 0.375 * np.sqrt(2)
+    return np.minimum(side, lobe)
+
+
+def _distance(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Signed distance to the outline at (u, v); v points down."""
+    match name:
+        case "circle":
+            return np.hypot(u, v) - 0.95
+        case "square":
+            return np.maximum(np.abs(u), np.abs(v)) - 0.82
+        case "triangle":
+            return _triangle(u, v - 0.25)
+        case "star":
+            return _star(u, v)
+        case "cross":
+            return _cross(u, v)
+        case "ring":
+            return np.abs(np.hypot(u, v) - 0.74) - 0.21
+        case "heart":
+            return _heart(u, v)
+        case "crescent":
+            return np.maximum(np.hypot(u - 0.15, v) - 0.95, 0.75 - np.hypot(u - 0.6, v))
+    raise KeyError(name)
+
+
+def _texture(kind: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Share of the second colour, 0..1, soft at the borders."""
+    if kind == "stripes":
+        wave = np.sin(10 * u)
+    elif kind == "checker":
+        wave = 2 * np.sin(8 * u) * np.sin(8 * v)
+    else:
+        wave = 1.6 * (np.cos(11 * u) + np.cos(11 * v)) - 1.2
+    return np.clip(0.5 + 2 * wave, 0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Object:
+    label: int
+    centre: np.ndarray  # (y, x), fraction of the side
+    radius: float  # fraction of the side
+    turn: float  # radians
+    colour: np.ndarray  # RGB 0..1
+    second: np.ndarray  # RGB 0..1
+    texture: str
+
+
+def open_split(config, split: str, image_size: int) -> sources.Source:
+    size = (config.num_train if split == "train" else config.num_eval) or SIZES[split]
+    return Shapes(size, SEEDS[split], image_size, config.max_objects, config.plain)
+
+
+class Shapes(sources.Source):
+    """`num_examples` pictures of one or more shapes; a random-access source.
+
+    With max_objects = 1 the shape spans 0.45-0.8 of the side and lies roughly
+    in the middle. With more, there are 1..max_objects of different sizes, the
+    smaller on top of the larger, and they may overlap in part.
+
+    `source[i]` is a dict:
+
+      image    uint8 [S,S,3]
+      label    int32, class of the object of largest radius: i mod 8, so classes are balanced
+      boxes    float32 [max_objects,4], (y0, x0, y1, x1) in pixels around the
+               visible part, y1 and x1 exclusive; zeros where there is no object
+      classes  int32 [max_objects], largest object first, -1 = no object
+      masks    bool [max_objects,S,S], the visible part of each object
+      index    int32
+
+    Args:
+      num_examples: length.
+      seed: another seed is another data set.
+      image_size: side S in pixels.
+      max_objects: objects per picture, at most.
+      plain: the easiest pictures: one large upright shape of one of four colours near the middle, on dark or light grey.
+    """
+
+    classes, labelled = CLASSES, True
+
+    def __init__(self, num_examples: int, seed: int, image_size: int, max_objects: int = 1, plain: bool = False):
+        self.num_examples, self.seed = num_examples, seed
+        self.image_size, self.max_objects, self.plain = image_size, max_objects, plain
+
+    def __len__(self) -> int:
+        return self.num_examples
+
+    def fingerprint(self, times: bool = False) -> str:
+        return repr(self)
+
+    def __repr__(self) -> str:
+        return f"Shapes({self.num_examples}, {self.seed}, {self.image_size}, {self.max_objects}, {self.plain})"
+
+    def __getitem__(self, i: int) -> dict:
+        if not 0 <= i < self.num_examples:
+            raise IndexError(i)
+        rng = np.random.default_rng((self.seed, int(i)))
+        on_dark = rng.random() < 0.5
+        objects = _arrange(rng, int(i) % len(CLASSES), LIGHT if on_dark else DARK, self.max_objects, self.plain)
+        canvas = _background(rng, self.image_size, on_dark, self.plain)
+        masks = np.zeros((self.max_objects, self.image_size, self.image_size), bool)
+        for slot, thing in enumerate(objects):
+            _draw(canvas, masks, slot, thing)
+        return {
+            "image": np.rint(np.clip(canvas, 0, 1) * 255).astype(np.uint8),
+            "label": np.int32(objects[0].label),
+            "boxes": np.stack([_box(mask) for mask in masks]),
+            "classes": np.array(_labels(objects, masks), np.int32),
+            "masks": masks,
+            "index": np.int32(i),
+        }
+
+
+def _arrange(rng: np.random.Generator, label: int, palette: tuple, max_objects: int, plain: bool) -> list[_Object]:
+    count = int(rng.integers(1, max_objects + 1))
+    if plain:
+        palette = palette[::3]
+        radii, spread = rng.uniform(0.7, 0.8, count) / 2, 0.25
+    elif max_objects == 1:
+        radii, spread = rng.uniform(0.45, 0.8, 1) / 2, 0.5
+    else:
+        radii, spread = -np.sort(-rng.uniform(0.09, 0.24, count)), 1.0
+        radii[0] = max(radii[0], 0.16)
+    colours = rng.permutation(len(palette))
+    tone = 1.0 if palette is DARK else 0.0
+    objects = []
+    for k, radius in enumerate(radii):
+        colour = np.array(palette[colours[k % len(palette)]][1]) / 255
+        objects.append(
+            _Object(
+                label=label if k == 0 else int(rng.integers(len(CLASSES))),
+                centre=_place(rng, radius, spread, objects),
+                radius=float(radius),
+                turn=0.0 if plain else float(rng.normal(0, 0.3)),
+                colour=colour,
+                second=colour + 0.38 * (tone - colour),
+                texture="plain" if plain else str(rng.choice(_TEXTURES, p=_TEXTURE_ODDS)),
+            )
+        )
+    return objects
+
+
+def _place(rng: np.random.Generator, radius: float, spread: float, others: list[_Object]) -> np.ndarray:
+    """A centre that leaves most of every other object free, if ten tries find one."""
+    room = spread * (0.5 - radius)
+    for _ in range(10):
+        centre = 0.5 + rng.uniform(-room, room, 2)
+        if all(np.hypot(*(centre - other.centre)) > 0.75 * (radius + other.radius) for other in others):
+            break
+    return centre
+
+
+def _background(rng: np.random.Generator, size: int, dark: bool, plain: bool) -> np.ndarray:
+    """Two muted shades of one hue, mixed plainly, by a gradient or by a soft pattern: [S,S,3] in 0..1."""
+    if plain:
+        return np.full((size, size, 3), 0.12 if dark else 0.93, np.float32)
+    lightness = rng.uniform(0.13, 0.2) if dark else rng.uniform(0.84, 0.92)
+    hue, step = rng.random(), 0.07
+    first = np.array(colorsys.hls_to_rgb(hue, lightness - step, 0.35), np.float32)
+    second = np.array(colorsys.hls_to_rgb(hue, lightness + step, 0.35), np.float32)
+    angle, waves = rng.uniform(0, 2 * np.pi), rng.uniform(12, 22)
+    kind = rng.choice(("plain", "gradient", "stripes", "checker"), p=(0.3, 0.4, 0.15, 0.15))
+    y, x = np.ogrid[-0.5 : 0.5 : size * 1j, -0.5 : 0.5 : size * 1j]
+    along = (np.cos(angle) * x + np.sin(angle) * y).astype(np.float32)
+    if kind == "plain":
+        share = np.full((size, size), 0.5, np.float32)
+    elif kind == "gradient":
+        share = np.clip(0.5 + along, 0, 1)
+    elif kind == "stripes":
+        share = 0.5 + 0.3 * np.sin(waves * along)
+    else:
+        across = (np.cos(angle) * y - np.sin(angle) * x).astype(np.float32)
+        share = 0.5 + 0.35 * np.sin(waves * along) * np.sin(waves * across)
+    return first + share[:, :, None] * (second - first)
+
+
+def _draw(canvas: np.ndarray, masks: np.ndarray, slot: int, thing: _Object):
+    """Paints one object over the canvas [S,S,3] and the masks [N,S,S], in place."""
+    size = len(canvas)
+    low = np.maximum(np.floor((thing.centre - 1.3 * thing.radius) * size).astype(int), 0)
+    high = np.ceil((thing.centre + 1.3 * thing.radius) * size).astype(int) + 1
+    window = (slice(low[0], high[0]), slice(low[1], high[1]))
+    y, x = ((np.arange(low[a], min(high[a], size), dtype=np.float32) + 0.5) / size - thing.centre[a] for a in (0, 1))
+    y, x = y[:, None].astype(np.float32) / thing.radius, x[None, :].astype(np.float32) / thing.radius
+    cos, sin = np.cos(thing.turn), np.sin(thing.turn)
+    u, v = np.float32(cos) * x + np.float32(sin) * y, np.float32(cos) * y - np.float32(sin) * x
+    cover = np.clip(0.5 - _distance(CLASSES[thing.label], u, v) * (thing.radius * size), 0, 1)
+    paint = thing.colour
+    if thing.texture != "plain":
+        paint = paint + _texture(thing.texture, u, v)[:, :, None] * (thing.second - paint)
+    canvas[window] += cover[:, :, None] * (paint - canvas[window])
+    masks[(slice(None), *window)] &= cover < 0.5
+    masks[(slot, *window)] = cover >= 0.5
+
+
+def _box(mask: np.ndarray) -> np.ndarray:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return np.zeros(4, np.float32)
+    return np.array([rows[0], columns[0], rows[-1] + 1, columns[-1] + 1], np.float32)
+
+
+def _labels(objects: list[_Object], masks: np.ndarray) -> list[int]:
+    """Class per slot; -1 also for an object that others hide completely."""
+    labels = [thing.label if mask.any() else -1 for thing, mask in zip(objects, masks)]
+    return labels + [-1] * (len(masks) - len(labels))

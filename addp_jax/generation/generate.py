@@ -1,0 +1,241 @@
+"""`--mode=generate`: sample N images across the mesh, or edit the user's own; write PNGs, the ADM-style `.npz`, pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from addp_jax import errors, files, logs, parameters, partition, pictures, processes, samplers, schema, tasks
+from addp_jax.generation import sample_folder, starts
+from addp_jax.ops import images
+
+STRIP_COLUMNS = 20  # steps shown of a film strip, spread evenly
+GIF_FRAMES = 40
+EDITS = 8, 4  # own images, and results of each, in edits.png
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Fields of `config.generate`."""
+
+    num_images: int = 64  # from nothing; of own images: all
+    batch_size: int = 64
+    seed: int = 0
+    output: str = ""  # folder; "" = <workdir>/generated
+    strips: int = 4  # film strips of the denoising steps
+    sweep: str = ""  # see addp_jax/sweep.py
+    images: str = ""  # folder of own images to edit; "" = from nothing
+    mask_ratio: float = 1.0  # tokens of an own image that are hidden and drawn anew
+    masks: str = ""  # for masks, margins and whole see data/own_images.py
+    margins: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    whole: bool = False
+    variants: int = 1  # results per own image
+    feather: int = 0  # pixels of the seam to the own image; 0 = nothing of the own image is put back
+
+    def __post_init__(self):
+        for name, least in (("num_images", 1), ("batch_size", 1), ("variants", 1), ("feather", 0), ("strips", 0)):
+            if getattr(self, name) < least:
+                raise errors.UserError(f"config.generate.{name}: {getattr(self, name)}; use at least {least}")
+        if not 0 <= self.mask_ratio <= 1:
+            raise errors.UserError(f"config.generate.mask_ratio: {self.mask_ratio}; use a fraction from 0 to 1")
+        changed = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default}
+        given = changed & {"masks", "margins", "whole"}
+        for name in ("mask_ratio", "masks", "margins", "whole", "variants", "feather"):
+            if name in changed and not self.images:
+                raise errors.UserError(f"config.generate.{name} needs config.generate.images, a folder to start from")
+        if given and self.mask_ratio < 1:
+            raise errors.UserError("config.generate.mask_ratio: what is drawn anew is already said by masks, margins or whole")
+        if self.images and not given and self.mask_ratio == 1:
+            raise errors.UserError("config.generate.images needs what is drawn anew: mask_ratio below 1, masks, margins or whole")
+        if self.feather and not given:
+            raise errors.UserError("config.generate.feather needs masks, margins or whole: elsewhere no own pixels are left")
+
+
+def make_starts(program, config: Config):
+    """Raises UserError for a task that draws no images, and for own images that do not fit."""
+    tasks.require(program.task, program.config.task, tasks.Generator)
+    if not config.images:
+        return starts.FromNothing(config)
+    return starts.FromImages(config, program.task.image_size, program.task.config.tokenizer.grid)
+
+
+def make_draw(program, start, seed: int, frames: bool = False):
+    """Jitted `((params, frozen), batch) -> uint8 [B,H,W,3]`, or [B,<=T,H,W,3], the images after each step.
+
+    Each device draws its own images. batch: see `starts.FromNothing.batch`.
+    """
+    task, size = program.task, program.task.image_size
+
+    def run(nets_params, batch):
+        nets = task.nets(*nets_params)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), batch["number"])
+        image = images.to_unit(batch["image"]) if "image" in batch else jnp.zeros((len(keys), size, size, 3))
+        if start.mask_ratio == 0:
+            done = images.to_uint8(samplers.reconstruct(nets, image))
+            return done[:, None] if frames else done
+        given = "mask" in batch
+        carry = samplers.start_with(nets, image, batch["mask"]) if given else samplers.start(nets, keys, image, start.mask_ratio)
+        keep = (lambda carry: images.to_uint8(carry.image)) if frames else None
+        carry, kept = samplers.sample(
+            task.sampler, task.sampler_config, nets, keys, carry, start.mask_ratio, start.fewest, keep
+        )  # fmt: skip
+        return kept.swapaxes(0, 1) if frames else images.to_uint8(carry.image)
+
+    return jax.jit(partition.per_device(run, program.mesh))
+
+
+def padded(numbers, size: int):
+    """`numbers`, the last repeated, up to `size`."""
+    return np.pad(numbers, (0, size - len(numbers)), "edge")
+
+
+def generate(program, config: Config, workdir: str) -> None:
+    """Write `<output>/images/*.png`, `samples.npz`, `grid.png`, `strip.png`, `steps.gif`, and of own images `edits.png`.
+
+    Images that are there already are not drawn again. Raises UserError when all is written, if own images were unreadable.
+    """
+    output = config.output or os.path.join(workdir, "generated")
+    files.require_writable(output, "config.generate.output")
+    start = make_starts(program, config)
+    needed, free = 3 * len(start) * program.task.image_size**2, shutil.disk_usage(output).free
+    if needed > free:
+        raise errors.UserError(
+            f"config.generate.output: samples.npz takes {needed / 1e6:.0f} MB, and the disk of {output} has {free / 1e6:.0f} MB left"
+        )
+    with jax.set_mesh(program.mesh), contextlib.ExitStack() as stack:
+        params, frozen = program.load_for_sampling(workdir)
+        settings = describe(program, config, start, params, frozen)
+        nets_params = program.place(params), program.place(frozen)
+        first = jax.process_index() == 0  # it alone writes
+        folder = stack.enter_context(sample_folder.SampleFolder(output, settings)) if first else None
+        draw_missing(program, config, start, nets_params, folder)
+        some = any(start.readable(i) for i in range(len(start)))  # their pixels are read while drawing
+        strips = film_strips(program, config, start, nets_params) if some else None
+        if folder and some:
+            collect(folder, start, program.task.image_size, strips)
+    tell_skipped(start)
+
+
+def tell_skipped(start) -> None:
+    """Raises UserError naming the own images that could not be read, if there were any."""
+    if start.skipped:
+        names = "; ".join(f"{path} ({reason})" for path, reason in start.skipped.items())
+        raise errors.UserError(f"config.generate.images: {len(start.skipped)} of {len(start.own)} files skipped: {names}")
+
+
+def describe(program, config: Config, start, params, frozen) -> dict:
+    """Everything that an image depends on besides its number: equal settings give equal images."""
+    sampler = dataclasses.asdict(program.task.sampler_config)
+    networks = traverse_util.flatten_dict(schema.identity(program.task.config, "network"), sep=".")
+    return {
+        "task": program.config.task,
+        "seed": config.seed,
+        "dtype": partition.compute_dtype(program.config.dtype, program.mesh).name,
+        **networks,
+        **{f"sampler.{name}": value for name, value in sampler.items()},
+        **{f"weights of {name}": parameters.content_hash(tree) for name, tree in (params | frozen).items()},
+        **start.settings(),
+    }
+
+
+def draw_missing(program, config: Config, start, nets_params, folder) -> None:
+    """Draw what `folder` lacks. Every process takes part in every batch; the one that has the `folder` writes.
+
+    Batches begin at the same numbers however often the run was stopped, so that the same program sees the same rows.
+    """
+    names = [start.name(i) for i in range(len(start))]
+    missing = processes.from_first(folder.missing(names) if folder else np.zeros(len(names), bool))
+    done, waiting = int((~missing).sum()), None
+    progress = logs.Progress(len(names), done, unit="image", enabled=folder is not None)
+    draw, size = make_draw(program, start, config.seed), partition.batch_size(config.batch_size, program.mesh)
+    for first in range(0, len(names), size):
+        numbers = np.arange(first, min(first + size, len(names)))
+        if not missing[numbers].any():
+            continue
+        batch = start.batch(padded(numbers, size))
+        wanted = [row for row, i in enumerate(numbers) if missing[i] and start.readable(i)]
+        if not wanted:
+            continue
+        images = draw(nets_params, partition.put(batch, partition.batch_sharding(program.mesh)))
+        if waiting:
+            hand_over(folder, start, *waiting)  # while the devices draw the batch after it
+        waiting = wanted, batch, images
+        done += len(wanted)
+        progress.update(done)
+    if waiting:
+        hand_over(folder, start, *waiting)
+    progress.close()
+
+
+def hand_over(folder, start, rows, batch, images) -> None:
+    """Have `folder` write these rows of a batch: it encodes them while this process goes on."""
+    images = partition.whole(images)
+    if folder is None:
+        return
+    folder.wait(allowed=len(images))  # so memory stays bounded
+    for row in rows:
+        i = int(batch["number"][row])
+        folder.write(start.name(i), functools.partial(start.finished, i, images[row], batch, row))
+
+
+def film_strips(program, config: Config, start, nets_params):
+    """For the first `strips` images, uint8 [n,?,H,W,3]: the own image and what is hidden of it, if any, and the image after
+    each step, at most GIF_FRAMES of them. None when no strips are wanted."""
+    numbers = [i for i in range(len(start)) if start.readable(i)][: config.strips]
+    if not numbers:
+        return None
+    batch = start.batch(padded(numbers, partition.batch_size(len(numbers), program.mesh)))
+    draw = make_draw(program, start, config.seed, frames=True)
+    frames = partition.whole(draw(nets_params, partition.put(batch, partition.batch_sharding(program.mesh))))
+    frames = frames[:, spread(frames.shape[1], GIF_FRAMES)]
+    return np.stack([
+        np.stack([*start.before(batch, row), *start.finished(i, frames[row], batch, row)]) for row, i in enumerate(numbers)
+    ])  # fmt: skip
+
+
+def spread(count: int, most: int):
+    """At most `most` of 0..count-1, evenly, the last one among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
+
+
+def collect(folder, start, size: int, strips) -> None:
+    """The pictures, and `samples.npz`, from the images in the folder."""
+    folder.wait()
+    names = {i: start.name(i) for i in range(len(start)) if start.readable(i)}
+    columns = min(8, math.ceil(math.sqrt(len(names))))
+    shown = np.stack(list(folder.read(list(names.values())[: columns**2])))
+    drawn = {"grid": pictures.grid(shown, columns)}
+    if strips is not None:
+        frames = strips[:, spread(strips.shape[1], STRIP_COLUMNS)]
+        drawn["strip"] = pictures.grid(frames.reshape(-1, *frames.shape[2:]), frames.shape[1])
+    if isinstance(start, starts.FromImages):
+        drawn["edits"] = edits(folder, start)
+    for path in pictures.save_pictures(folder.path, drawn):
+        print(path)
+    if strips is not None:
+        squares = math.ceil(math.sqrt(len(strips)))
+        frames = np.stack([pictures.grid(frame, squares) for frame in strips.swapaxes(0, 1)])
+        print(pictures.save_gif(folder.path / "steps.gif", frames))
+    print(folder.write_npz(list(names.values()), (size, size, 3)))
+
+
+def edits(folder, start):
+    """A row for each of the first own images: as it was, what was hidden of it, its results."""
+    files, variants = EDITS
+    chosen = [i for i in range(len(start.own)) if start.readable(i)][:files]
+    results = range(min(variants, len(start) // len(start.own)))
+    batch = start.batch(chosen)
+    rows = [
+        [*start.before(batch, row), *folder.read([start.name(i + variant * len(start.own)) for variant in results])]
+        for row, i in enumerate(chosen)
+    ]
+    return pictures.grid(np.stack([picture for row in rows for picture in row]), len(rows[0]))

@@ -1,0 +1,99 @@
+"""`--mode=generate` with `config.generate.sweep`: the same images drawn with several settings of the sampler, side by side.
+
+    --config.generate.sweep="steps=8,20,50;temperature=1,6"
+
+draws the first images with each of the six combinations. Any fields of `config.model.sampler`.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+
+import jax
+
+from addp_jax import errors, files, logs, partition, pictures, schema
+from addp_jax.generation import generate
+from addp_jax.training import evaluate
+
+COLUMNS = 8  # images drawn with each setting
+FIELD = "config.generate.sweep"
+
+
+def settings(text: str) -> list[dict]:
+    """The combinations that `text` stands for, the last field changing fastest: [{field: value}, ...]."""
+    fields = {}
+    for part in text.split(";"):
+        name, equals, values = (piece.strip() for piece in part.partition("="))
+        if not (name and equals and values) or name in fields:
+            raise errors.UserError(f'{FIELD}: {part.strip()!r} is not understood; write "steps=8,20;temperature=1,6"')
+        fields[name] = [literal(value.strip()) for value in values.split(",")]
+    return [dict(zip(fields, values)) for values in itertools.product(*fields.values())]
+
+
+def literal(text: str):
+    """A number, True, False, or else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def with_sampler(program, changes: dict):
+    """`program` with other fields of its sampler. Raises UserError on fields and values that it has not."""
+    task = copy.copy(program.task)
+    fields = dataclasses.asdict(task.sampler_config) | changes
+    task.sampler_config = schema.build(type(task.sampler_config), fields, "config.model.sampler")
+    return dataclasses.replace(program, task=task)
+
+
+def sweep(program, config: generate.Config, workdir: str) -> None:
+    """Write `sweep.png`, a row of images for each setting with its name (and how far its samples are from real images,
+    where `config.evaluate.features` is set), and `sweep.jsonl`, a line for each setting.
+
+    Raises UserError when all is written, if own images among the first ones were unreadable.
+    """
+    combinations = settings(config.sweep)
+    output = pathlib.Path(config.output or os.path.join(workdir, "sweep"))
+    files.require_writable(output, "config.generate.output")
+    start = generate.make_starts(program, config)
+    programs = [with_sampler(program, changes) for changes in combinations]
+    first = jax.process_index() == 0  # it alone writes
+    rows, lines = [], []
+    progress = logs.Progress(len(programs), 0, unit="setting", enabled=first)
+    with jax.set_mesh(program.mesh):
+        nets_params = [program.place(networks) for networks in program.load_for_sampling(workdir)]
+        numbers = [i for i in range(len(start)) if start.readable(i)][:COLUMNS]
+        own = start.batch(generate.padded(numbers, partition.batch_size(len(numbers), program.mesh)))
+        shown = [row for row, i in enumerate(numbers) if start.readable(i)]  # their pixels have been read now
+        if not shown:
+            generate.tell_skipped(start)
+        batch = partition.put(own, partition.batch_sharding(program.mesh))
+        for changes, changed in zip(combinations, programs):
+            images = partition.whole(generate.make_draw(changed, start, config.seed)(nets_params, batch))
+            measures, _ = evaluate.distances(changed, *nets_params)
+            rows.append((caption(changes, measures), pictures.grid(images[shown], COLUMNS)))
+            lines.append(json.dumps(changes | measures) + "\n")
+            progress.update(len(rows))
+    progress.close()
+    if first:
+        for path in pictures.save_pictures(output, {"sweep": pictures.captioned(rows)}):
+            print(path)
+        path = output / "sweep.jsonl"
+        try:
+            files.write_text(path, "".join(lines))
+        except OSError as error:
+            raise errors.UserError(f"config.generate.output: cannot write {path}: {files.reason(error)}") from error
+        print(path)
+    generate.tell_skipped(start)
+
+
+def caption(changes: dict, measures: dict) -> str:
+    """The settings, and the first measure, which is the Frechet distance."""
+    told = [f"{name} {value}" for name, value in changes.items()]
+    return ", ".join(told + [f"{name} {value:.2f}" for name, value in list(measures.items())[:1]])

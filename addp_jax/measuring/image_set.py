@@ -1,0 +1,155 @@
+"""A set of images that is measured: a folder, or the `arr_0` of an .npz, read in batches."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import hashlib
+import math
+import os
+import zipfile
+from collections.abc import Iterator
+
+import numpy as np
+
+from addp_jax import errors, files
+from addp_jax.data import part, transforms
+from addp_jax.data.sources import image_folder
+
+PREPARE = "python -m addp_jax.data.prepare makes them so"
+LARGEST_RATIO = 1032  # by which deflate can shrink a file at the most
+ARRAY = "arr_0.npy"  # the images in an .npz of ADM's evaluation suite
+
+
+class ImageSet:
+    """Images of one size, in the order of their paths or of the array.
+
+    A folder is read with everything below it. Grey images get three equal channels, an alpha channel is dropped,
+    16-bit grey is scaled to 8 bits. An .npz holds uint8 [N,H,W,3]; it is never in memory as a whole.
+
+    Attributes:
+      path: as given. size: (height, width) in pixels. flag: what the user set it with, for messages.
+      of: how many images there are, of which a part is measured.
+    Raises UserError naming the file: missing, unreadable, no images, not all of one size, or fewer than `limit`.
+    """
+
+    def __init__(self, path: str, limit: int, flag: str):
+        self.path, self.flag = path, flag
+        self._files = None if path.endswith(".npz") else image_folder.open_folder(path, flag)
+        if self._files is None:
+            (available, *self.size, _), _ = read_header(path, flag)
+        else:
+            available, self.size = len(self._files), self._decode(0).shape[:2]
+        self.size = tuple(self.size)
+        if limit > available:
+            raise errors.UserError(f"{flag}={path}: holds {available} images, fewer than the {limit} asked for")
+        self.of = available
+        self._chosen = part.spread(available, limit) if limit else np.arange(available)
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    @functools.cached_property
+    def content_hash(self) -> str:
+        """16 hex digits from the bytes of the files, in order, whatever their names; of a part of an .npz also from which."""
+        digest = hashlib.blake2b(digest_size=8)
+        if self._files is None and len(self) < self.of:
+            digest.update(self._chosen.astype("<i8").tobytes())
+        paths = [self.path] if self._files is None else [self._files.path(i) for i in self._chosen]
+        for path in paths:
+            with files.open_regular(path) as file:
+                digest.update(hashlib.file_digest(file, hashlib.blake2b).digest())
+        return digest.hexdigest()
+
+    def batches(self, batch_size: int) -> Iterator[np.ndarray]:
+        """uint8 [<=batch_size,H,W,3]."""
+        if self._files is None:
+            yield from self._from_array(batch_size)
+            return
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+            for first in range(0, len(self), batch_size):
+                yield np.stack(list(threads.map(self._checked, self._chosen[first : first + batch_size])))
+
+    def _decode(self, i: int) -> np.ndarray:
+        example = self._files[i]
+        return transforms.decode(example["image"], example["path"])
+
+    def _checked(self, i: int) -> np.ndarray:
+        image = self._decode(i)
+        if image.shape[:2] != self.size:
+            height, width = self.size
+            raise errors.UserError(
+                f"{self._files.path(i)} has {image.shape[1]}x{image.shape[0]} pixels, the first image of {self.flag} "
+                f"{width}x{height}; all must have one size: {PREPARE}"
+            )
+        return image
+
+    def _from_array(self, batch_size: int):
+        shape, skip = read_header(self.path, self.flag)
+        image_bytes = int(np.prod(shape[1:]))
+        with files.open_regular(self.path) as raw, zipfile.ZipFile(raw) as archive, archive.open(ARRAY) as file:
+            for first in range(0, len(self), batch_size):
+                chosen = self._chosen[first : first + batch_size]
+                start = self._chosen[first - 1] + 1 if first else 0
+                wanted = (chosen[-1] + 1 - start) * image_bytes
+                try:  # zipfile compares the checksum once all is read
+                    file.read(0 if first else skip)
+                    data = file.read(wanted)
+                    if chosen[-1] + 1 == self.of:
+                        file.read()
+                except Exception as error:  # a damaged archive makes zipfile and zlib raise nearly anything
+                    raise errors.UserError(f"{self.flag}={self.path}: {reason(error)}; make it again") from error
+                if len(data) < wanted:
+                    raise errors.UserError(f"{self.flag}={self.path}: {ARRAY} ends before image {chosen[-1]}; make it again")
+                yield np.frombuffer(data, np.uint8).reshape(-1, *shape[1:])[chosen - start]
+
+
+def read_header(path: str, flag: str) -> tuple[tuple[int, ...], int]:
+    """Shape [N,H,W,3] of the images in an .npz, and the bytes before them. Raises UserError if there are none.
+
+    The shape is believed only if the file holds as many bytes: nothing larger than the file is ever made of it.
+    """
+    try:
+        with files.open_regular(path) as raw, zipfile.ZipFile(raw) as archive, archive.open(ARRAY) as file:
+            shape, fortran, dtype = array_header(file)
+            skip, size = file.tell(), archive.getinfo(ARRAY).file_size
+            compressed = archive.getinfo(ARRAY).compress_size
+    # What is no npz makes numpy and zipfile raise nearly anything.
+    except Exception as error:
+        raise errors.UserError(f"{flag}={path}: {reason(error)}; give a folder of images or an .npz with arr_0") from error
+    if dtype != np.uint8 or fortran or len(shape) != 4 or shape[-1] != 3 or min(shape) < 1:
+        raise errors.UserError(f"{flag}={path}: arr_0 is {dtype} {list(shape)}; expected uint8 images [N,H,W,3]")
+    if math.prod(shape) != size - skip or size > LARGEST_RATIO * max(compressed, 1):
+        raise errors.UserError(f"{flag}={path}: arr_0 claims {list(shape)}, but the file does not hold as many bytes")
+    return shape, skip
+
+
+def array_header(file):
+    """(shape, whether in Fortran's order, dtype) at the beginning of an .npy file, which is read up to its data."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
+
+
+def reason(error: Exception) -> str:
+    return files.reason(error).strip("'\"")
+
+
+def read_arrays(path: str, names: tuple[str, ...], flag: str) -> dict[str, np.ndarray]:
+    """Those of the numeric arrays `names` that an .npz holds, whole. Raises UserError naming the file if it is damaged."""
+    try:
+        with files.open_regular(path) as raw, zipfile.ZipFile(raw) as archive:
+            held = [name for name in names if f"{name}.npy" in archive.namelist()]
+            for name in held:
+                entry = archive.getinfo(f"{name}.npy")
+                if entry.file_size > LARGEST_RATIO * max(entry.compress_size, 1):
+                    raise ValueError(f"{name} claims more bytes than the file holds")
+                with archive.open(entry) as file:
+                    shape, _, dtype = array_header(file)
+                    if dtype.hasobject or math.prod(shape) * dtype.itemsize != entry.file_size - file.tell() or min(shape, default=1) < 0:
+                        raise ValueError(f"{name} claims {dtype} {list(shape)}, but the file does not hold as many bytes")
+            raw.seek(0)
+            with np.load(raw) as loaded:
+                return {name: loaded[name] for name in held}
+    except Exception as error:  # as above
+        raise errors.UserError(f"{flag}={path}: {reason(error)}") from error

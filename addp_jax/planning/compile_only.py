@@ -1,0 +1,156 @@
+"""Compiles a config's own program for devices that exist for the compiler only, and reports on it.
+
+`plan` runs it as `python -m addp_jax.compile_only`, a request as JSON on stdin, the report as JSON on the last line of
+stdout: a compiler may abort the process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import re
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+
+from addp_jax import errors, files, partition, program, schema, tasks, weights
+from addp_jax.generation import generate, starts
+from addp_jax.planning import flops, hlo, topologies
+
+IMAGENET = 1_281_167  # images of an epoch, where the config does not limit them
+
+
+def report(config: dict, topology: str, slices: int, program: str, level: str) -> dict:
+    """What the compiler says. `error` is there instead of `peak` when the program does not fit or does not compile.
+
+    Args:
+      config: the fields of the run.
+      program: train | sample.
+      level: of the compiler's optimization: O0, several times faster, or default.
+    """
+    if level != "default":
+        jax.config.update("jax_optimization_level", level)
+    name = topologies.parse(topology, slices)
+    devices = topologies.describe(name)
+    limit = topologies.memory_limit(name, devices[0])
+    run = build(config, partition.make_mesh(partition.Config(**config["mesh"]), devices))
+    with jax.set_mesh(run.mesh):
+        function, args, sizes = PROGRAMS[program](run, config)
+        executed = flops.count(function, *args)
+        started, used = time.perf_counter(), time.process_time()
+        found = {"limit": limit} | compiled(function, args)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - used
+    return found | sizes | {
+        "topology": str(name), "kind": name.kind, "devices": len(devices), "chips": name.chips, "level": level,
+        "mesh": dict(run.mesh.shape), "steps": run.length.total, "num_train": num_train(config),
+        "executed_flops": executed, "useful_flops": useful_flops(config, run, program), "compile_seconds": round(seconds, 1),
+        "compile_cpu_seconds": round(cpu_seconds, 1),
+        **({} if name.kind in topologies.GPUS else compiler_version()),
+    }  # fmt: skip
+
+
+def build(config: dict, mesh) -> program.TrainingProgram:
+    """The run of the fields `config`, with frozen networks that have shapes only."""
+    model = schema.with_frozen_weights(tasks.load(config["task"]).Config, config["model"], weights.SHAPES)
+    fields = {entry.name: config[entry.name] for entry in dataclasses.fields(program.Config)} | {"model": model}
+    return program.create_training(schema.build(program.Config, fields), num_train(config), mesh)
+
+
+def num_train(config: dict) -> int:
+    return config["data"]["num_train"] or IMAGENET
+
+
+def training(run: program.TrainingProgram, config: dict):
+    """`(step, its arguments, sizes)`: as the loop calls it."""
+    frozen, batch = _kept(run, run.task.load_frozen()), run.batch
+    parameters = _bytes(run.state.params)
+    return run.step, (run.state, frozen, batch), {
+        "batch_size": run.config.batch_size,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(run.state.params)),
+        "parameter_bytes": parameters, "optimizer_bytes": _bytes(run.state) - parameters,
+        "frozen_bytes": _bytes(frozen), "batch_bytes": _bytes(batch), "donated": _bytes(run.state),
+    }  # fmt: skip
+
+
+def sampling(run: program.TrainingProgram, config: dict):
+    """`(sampler, its arguments, sizes)`: as --mode=generate calls it."""
+    tasks.require(run.task, run.config.task, tasks.Generator)
+    settings = schema.build(generate.Config, config["generate"], "config.generate")
+    size = partition.batch_size(settings.batch_size, run.mesh)
+    batch = {"number": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=partition.batch_sharding(run.mesh))}
+    frozen, params = _kept(run, run.task.load_for_sampling()), _kept(run, run.state.params)
+    return generate.make_draw(run, starts.FromNothing(settings), settings.seed), ((params, frozen), batch), {
+        "batch_size": size,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "parameter_bytes": _bytes(params), "optimizer_bytes": 0,
+        "frozen_bytes": _bytes(frozen), "batch_bytes": _bytes(batch), "donated": 0,
+    }  # fmt: skip
+
+
+PROGRAMS = {"train": training, "sample": sampling}
+
+
+def _kept(run: program.TrainingProgram, networks):
+    """Shapes of networks that are whole on every device."""
+    everywhere = partition.replicated(run.mesh)
+    kept = jax.eval_shape(lambda networks: run.compact(networks), networks)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), kept)
+
+
+def _bytes(tree) -> int:
+    """On one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def useful_flops(config: dict, run: program.TrainingProgram, program: str) -> int:
+    """Those of the same program when nothing is computed again for the backward pass."""
+    plain = build(flops.everything_kept(config), run.mesh)
+    with jax.set_mesh(run.mesh):
+        function, args, _ = PROGRAMS[program](plain, config)
+        return flops.count(function, *args)
+
+
+def compiled(function, args) -> dict:
+    """Memory, collectives and, from the TPU compiler at its default level, estimated cycles of one device."""
+    try:
+        executable = function.lower(*args).compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = memory_needed(str(error))
+        return {"error": files.reason(error)} | ({"needed": needed} if needed else {})
+    memory = executable.memory_analysis()
+    found = {"peak": memory.peak_memory_in_bytes, "aliased": memory.alias_size_in_bytes}
+    try:
+        text = executable.as_text()
+    except Exception as error:  # of a compiler that does not match jax; the memory is known all the same
+        return found | {"unreadable": files.reason(error)}
+    kinds = {kind: dataclasses.asdict(entry) for kind, entry in hlo.collectives(text).items()}
+    return found | {"collectives": kinds, "cycles": hlo.estimated_cycles(text), "hbm_traffic": hlo.hbm_bytes(text)}
+
+
+def memory_needed(message: str) -> float | None:
+    """Bytes that a TPU program would need, of the compiler's refusal; None if it refuses for another reason."""
+    match = re.search(r"(?:memory required [^(]*\(|Used )([\d.]+)([KMGT])", message)
+    return float(match[1]) * 2 ** (10 * " KMGT".index(match[2])) if match else None
+
+
+def compiler_version() -> dict:
+    """`libtpu` that is installed, and the one that the installed jax asks for."""
+    pins = [line for line in importlib.metadata.requires("jax") or [] if line.startswith("libtpu")]
+    return {"libtpu": importlib.metadata.version("libtpu"), "libtpu_wanted": re.split("[;,]", pins[0])[0].strip() if pins else ""}
+
+
+def main() -> None:
+    try:
+        found = report(**json.load(sys.stdin))
+    except errors.UserError as error:
+        found = {"mistake": str(error)}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""`--mode=robustness`: a trained classifier on ImageNet-A, -R, -Sketch and -C, whose folders the user has."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import os
+
+import jax
+import numpy as np
+
+from addp_jax import errors, tasks
+from addp_jax.data import features, transforms
+from addp_jax.data.sources import image_folder
+from addp_jax.metrics import classification as metrics
+from addp_jax.recognition import predict
+
+SUBSETS = ("imagenet_a", "imagenet_r", "imagenet_sketch")
+SEVERITIES = range(1, 6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Fields of `config.robustness`: folders, "" = not measured."""
+
+    imagenet_a: str = ""  # WNID/*.jpg
+    imagenet_r: str = ""
+    imagenet_sketch: str = ""
+    imagenet_c: str = ""  # CORRUPTION/SEVERITY/WNID/*.JPEG
+
+
+def robustness(program, config: Config, workdir: str) -> None:
+    """Print one JSON line: top-1 accuracy on each set; for ImageNet-C the error of each corruption and mCE.
+
+    A class is known by the name of its folder. Only the classes that a set has compete for its images, as in the
+    papers of ImageNet-A and -R, which have 200 of the 1000. ImageNet-C's images are cropped already and taken whole.
+    """
+    task, mesh = program.task, program.mesh
+    tasks.require(task, program.config.task, tasks.Classifier)
+    if not any(dataclasses.asdict(config).values()):
+        raise errors.UserError("config.robustness: all folders are empty; give at least one")
+    require_folders(config)
+    given = predict.given_names(program)
+    result = {}
+    with jax.set_mesh(mesh):
+        nets, identity = program.load(workdir)
+        names = given or predict.recorded_names(program, identity, workdir)
+        top1 = Top1(program, names, functools.partial(jax.jit(task.logits), *nets))
+        for name in SUBSETS:
+            if folder := getattr(config, name):
+                result[name] = top1(folder, f"config.robustness.{name}", task.crop_pct)
+        if config.imagenet_c:
+            result["imagenet_c"] = error = corruption_errors(top1, config.imagenet_c)
+            result["mce"] = metrics.mean_corruption_error(error)
+    print(json.dumps(result))
+
+
+@dataclasses.dataclass(frozen=True)
+class Top1:
+    """Accuracy of `function` (image uint8 [B,H,W,3] -> logits) on a folder with one sub-folder per class."""
+
+    program: object
+    names: tuple[str, ...]
+    function: object
+
+    def __call__(self, folder: str, field: str, crop_pct: float = 1.0) -> float:
+        program, right = self.program, []
+        source = image_folder.open_classes(folder, self.names, field)
+        present = np.unique(source.labels)
+        rows = features.batches_of(
+            source, transforms.eval_image(program.task.image_size, crop_pct), self.function, program.config.data,
+            program.config.batch_size, program.mesh,
+        )  # fmt: skip
+        for logits, labels, valid in rows:
+            right.append(metrics.in_top(logits[:, present], np.searchsorted(present, labels), 1)[valid])
+        return float(np.concatenate(right).mean())
+
+
+def corruption_errors(top1, folder: str) -> dict[str, float]:
+    """{corruption: top-1 error, mean over the five severities}."""
+    error = {}
+    for name, levels in corruptions(folder).items():
+        error[name] = float(np.mean([1 - top1(level, "config.robustness.imagenet_c") for level in levels]))
+        print(f"{name}: error {error[name]:.1%}", flush=True)
+    return error
+
+
+def corruptions(folder: str) -> dict[str, list[str]]:
+    """{corruption: its folder for each severity}."""
+    return {name: [os.path.join(folder, name, str(level)) for level in SEVERITIES] for name in metrics.ALEXNET}
+
+
+def require_folders(config: Config) -> None:
+    """Raises UserError naming the first folder that is missing: now, not hours later."""
+    wanted = {name: [getattr(config, name)] for name in SUBSETS if getattr(config, name)}
+    if config.imagenet_c:
+        wanted["imagenet_c"] = list(itertools.chain(*corruptions(config.imagenet_c).values()))
+    for name, folders in wanted.items():
+        for path in folders:
+            if not os.path.isdir(path):
+                raise errors.UserError(f"config.robustness.{name}: no folder {path!r}")

@@ -1,0 +1,70 @@
+"""What the training loop reports of its steps."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+
+from addp_jax import errors, logs
+from addp_jax.program import TrainingProgram
+
+
+class Log:
+    """Metrics of each step, one step late; the console, TensorBoard and log.jsonl."""
+
+    def __init__(self, workdir: str, run: TrainingProgram, saver, start: int):
+        self.writer = logs.Writer(workdir, enabled=jax.process_index() == 0, start_step=start)
+        self.progress = logs.Progress(run.length.total, start, enabled=jax.process_index() == 0)
+        self.every, self.saver, self.workdir = run.config.log_every, saver, workdir
+        self.waiting, self.window = None, []
+
+    def add(self, step: int, metrics) -> None:
+        self.flush()
+        self.waiting = (step, metrics)
+
+    def flush(self) -> None:
+        """Read the waiting metrics. Raises UserError when the loss, a gradient or a new parameter is not finite."""
+        if self.waiting is None:
+            return
+        (step, metrics), self.waiting = self.waiting, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        watched = {name: values[name] for name in ("loss", "grad_norm", "param_norm")}
+        if not all(map(math.isfinite, watched.values())):
+            found = ", ".join(f"{name} {value}" for name, value in watched.items())
+            raise errors.UserError(
+                f"step {step}: {found}; stopped. In {self.workdir} {self.last_checkpoint()}; lower config.optim.base_lr"
+            )
+        self.window.append(values)
+        self.progress.update(step, f"loss {values['loss']:.4f}")
+        if step % self.every == 0:
+            mean = {name: sum(entry[name] for entry in self.window) / len(self.window) for name in values}
+            self.write(self.writer.scalars, step, {f"train/{name}": value for name, value in mean.items()})
+            self.window = []
+
+    def results(self, step: int, scalars: dict, images: dict) -> None:
+        self.write(self.writer.scalars, step, {f"eval/{name}": value for name, value in scalars.items()})
+        self.write(self.writer.images, step, images)
+
+    def write(self, method, step: int, values: dict) -> None:
+        try:
+            method(step, values)
+        except errors.UserError as error:
+            raise errors.UserError(f"{error}; {self.last_checkpoint()}") from error
+
+    def last_checkpoint(self) -> str:
+        newest = self.saver.newest()
+        return "there is no checkpoint yet" if newest is None else f"the last good checkpoint is step {newest}"
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            self.progress.close()
+            self.writer.close()
+            if jax.process_index() == 0:
+                logs.curves(f"{self.workdir}/log.jsonl", f"{self.workdir}/curves.png")
+        except errors.UserError:
+            if kind is None:  # else the error that ends the run says more
+                raise

@@ -1,0 +1,120 @@
+"""The training loop. Knows no task, loss or data set: config -> data -> task -> step -> checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+
+import jax
+
+from addp_jax import errors, files, logs, parameters, partition, processes, program, schema, tasks, weights
+from addp_jax.data import pipeline
+from addp_jax.ops import keys
+from addp_jax.program import TrainingProgram
+from addp_jax.training import evaluate
+from addp_jax.training.log import Log
+from addp_jax.weights import checkpoint, lock
+
+SMALLEST_SHARE = 0.5  # of a checkpoint's bytes that it takes on the disk, compressed, at the very least
+
+
+def preflight(run: TrainingProgram, workdir: str) -> None:
+    """All that can be known of the data before the first step: both splits, their classes, what evaluations need."""
+    train, held_out = run.source("train"), run.source("eval")
+    if isinstance(run.task, tasks.Classifier):  # shards of two splits may have been packed from folders of other classes
+        program.check_classes("the training split", train.classes, held_out)
+    if run.config.evaluate.features:
+        evaluate.prepare(run)
+
+
+def require_room(run: TrainingProgram, workdir: str) -> None:
+    """Raises UserError if `workdir` cannot be written to or its disk has no room for a checkpoint."""
+    files.require_writable(workdir, "--workdir")
+    needed, free = parameters.size(run.state), shutil.disk_usage(workdir).free
+    if free < SMALLEST_SHARE * needed:
+        raise errors.UserError(
+            f"--workdir {workdir}: a checkpoint takes {needed / 1e6:.0f} MB, and the disk has {free / 1e6:.0f} MB left"
+        )
+
+
+def train(config: program.Config, workdir: str) -> None:
+    """Train to the end of the schedule, from the newest checkpoint in `workdir` if there is one."""
+    run = program.create_training(config)
+    preflight(run, workdir)
+    with jax.set_mesh(run.mesh), processes.Interrupt() as interrupt, contextlib.ExitStack() as stack:
+        frozen = run.task.load_frozen()
+        initial = run.task.load_pretrained()
+        if config.init:
+            initial = weights.fit(weights.read(config.init, field="config.init: "), run.state.params, f"config.init ({config.init})")
+        require_room(run, workdir)
+        stack.enter_context(lock.hold(workdir))
+        saver = checkpoint.Checkpointer(workdir, config.checkpoint, identity(run, frozen, initial))
+        stack.enter_context(contextlib.closing(saver))
+        frozen = run.place(frozen)
+        state, start = saver.restore_latest(run.state) or (run.init(keys.of(config.seed, "parameters"), initial), 0)
+        finish(run, workdir, state, frozen, start, saver, interrupt)
+
+
+def finish(run: TrainingProgram, workdir: str, state, frozen, start: int, saver, interrupt: processes.Interrupt) -> None:
+    """From step `start` to the end, or to a signal; first the evaluation at `start`, if the run was killed before it."""
+    config, total = run.config, run.length.total
+    due = bool(start) and (start % config.eval_every == 0 or start >= total)
+    first = jax.process_index() == 0  # it alone has the log
+    missing = due and not processes.agreed(not first or logs.holds(f"{workdir}/log.jsonl", start, "eval/"))
+    if start >= total and not missing:
+        print(f"{workdir}: already trained to step {start} of {total}")
+        return
+    with Log(workdir, run, saver, start) as log, processes.noticing_losses():  # before what is outside waits for all
+        if missing:
+            log.results(start, *evaluate.run(run, state, frozen))
+        if start < total:
+            batches = pipeline.train_batches(
+                run.source("train"), run.task.transform("train", config.data), seed=config.seed, batch_size=config.batch_size,
+                start_step=start, config=config.data, rows=partition.rows(run.mesh, config.batch_size), fields=run.task.example,
+            )  # fmt: skip
+            with contextlib.closing(batches):
+                state = loop(run, state, frozen, start, batches, saver, log, interrupt)
+    if interrupt.requested and int(state.step) < total:
+        saver.wait()
+        print(f"stopped by a signal at step {int(state.step)}; the same command goes on from there")
+        processes.agreed(True)  # the first one may still be writing
+        raise SystemExit(128 + interrupt.requested)
+
+
+def loop(run: TrainingProgram, state, frozen, start: int, batches, saver, log: Log, interrupt: processes.Interrupt):
+    """The loop itself. The order matters: a checkpoint is made *before* the batch that follows it is taken, and
+    a step's metrics are read only once the following step has been dispatched."""
+    config, total = run.config, run.length.total
+    on_device = pipeline.to_device(batches, partition.batch_sharding(run.mesh))
+    for step in range(start, total):
+        state, metrics = run.step(state, frozen, next(on_device))
+        log.add(step + 1, metrics)
+        done = step + 1
+        last = done == total or interrupt.after(done)
+        if last or done % config.checkpoint.every == 0:
+            log.flush()  # a non-finite loss ends the run here, before it is saved
+            saver.save(done, state)
+        if done % config.eval_every == 0 or done == total:
+            log.flush()
+            log.results(done, *evaluate.run(run, state, frozen))
+        if last:
+            break
+    return state
+
+
+def identity(program: program.Program, frozen, initial) -> dict:
+    """What a run's numbers depend on, as JSON; it is compared whenever the run goes on or its networks are used.
+
+    The config's fields that matter, the dtype of the computation, the names of the classes in the order of the labels,
+    the content of the training data, and the content of frozen and initial weights. `location`, which is not compared, says
+    where the data lay at first.
+    """
+    config, source = program.config, program.source("train")
+    fields = schema.identity(config) | {
+        "model": schema.identity(program.task.config),
+        "dtype": partition.compute_dtype(config.dtype, program.mesh).name,
+    }
+    fields["data"] |= {"classes": list(source.classes), "content": source.fingerprint()}
+    location = {name: getattr(config.data, name) for name in ("path", "train_split", "eval_split", "num_eval")}
+    hashes = lambda networks: {name: parameters.content_hash(params) for name, params in networks.items()}
+    return fields | {"location": location, "frozen": hashes(frozen)} | ({"init": hashes(initial)} if initial else {})

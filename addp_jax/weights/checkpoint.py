@@ -1,0 +1,352 @@
+"""Checkpoints: save, restore the newest undamaged one, and read another run's parameters.
+
+Layout of a work directory::
+
+    <workdir>/lock                             while a run is at work, see `lock`
+    <workdir>/checkpoints/identity.json        which run this is (fields that decide the numbers)
+    <workdir>/checkpoints/<step>/state/...     what orbax writes; appears by one rename
+    <workdir>/checkpoints/<step>/identity.json a copy; where both can be read, the copy counts
+    <workdir>/checkpoints/<step>/blake2.json   size and hash of every file of that step, see `manifest`
+    <workdir>/checkpoints/<step>.damaged/      set aside by a restore, never deleted
+
+Orbax keeps no checksums: a flipped byte restores silently. Hence the hashes. A step without
+`blake2.json`, or with a torn one, was killed between its commit and its hashing; it is accepted if it restores.
+A step that the manifest proves sound and that cannot be used all the same is a UserError that names its folder.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import errno
+import itertools
+import json
+import logging
+import math
+import os
+import pathlib
+import re
+import shutil
+import sys
+import warnings
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging as absl_logging
+
+from addp_jax import errors, files, parameters, processes
+from addp_jax.weights import lock, manifest, provenance
+
+STEP = re.compile("0|[1-9][0-9]*")  # how a step's folder is named
+# Bytes of arrays that the files of a step may claim: 4096 times their own size, and 256 MiB, as compressed zeros need none.
+EXPANSION, ZEROS = 4096, 2**28
+
+
+# What a failed save of orbax leaves behind in asyncio is logged there as well when it is collected.
+logging.getLogger("asyncio").addFilter(lambda record: "/orbax/" not in record.getMessage())
+# Orbax logs each save at length, and what it logs as an error it raises as well.
+absl_logging.get_absl_logger().addFilter(
+    lambda record: record.levelno >= logging.CRITICAL or "/orbax/" not in record.pathname
+)
+
+
+def _unraisable(event, before=sys.unraisablehook):
+    """Of a failed read or write, orbax raises the first error and closes its loop; what still ends then cannot report there."""
+    if not (event.exc_type is RuntimeError and str(event.exc_value) == "Event loop is closed"):
+        before(event)
+
+
+sys.unraisablehook = _unraisable
+warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)  # the same, of what had not begun
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """config.checkpoint."""
+
+    every: int = 1000  # optimizer steps between checkpoints
+    keep: int = 2  # newest checkpoints kept
+    keep_every: int = 0  # additionally keep each multiple of this for ever; 0 = none
+
+    def __post_init__(self):
+        for name, least in (("every", 1), ("keep", 1), ("keep_every", 0)):
+            if getattr(self, name) < least:
+                raise errors.UserError(f"config.checkpoint.{name} must be at least {least}")
+
+
+class Checkpointer:
+    """Saves a run's states in the background and restores the newest undamaged one.
+
+    Every process of a multi-host run makes one and calls the same methods in the same order.
+    """
+
+    def __init__(self, workdir, config, identity):
+        """identity: JSON-able dict, the fields that decide the numbers and hashes of frozen weights.
+
+        Raises UserError if `workdir` cannot be written to, or holds checkpoints of another identity.
+        """
+        self._root = pathlib.Path(lock.folder(workdir)) / "checkpoints"
+        self._config = config
+        self._identity = json.dumps(identity, indent=1)
+        files.require_writable(self._root, "--workdir")
+        _require_identity(self._root, self._identity)
+        self._manager = None
+        self._pending = None  # the save under way: a future
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._orbax()
+
+    def restore_latest(self, abstract_state):
+        """(state, step) of the newest undamaged checkpoint, or None if there is none yet.
+
+        abstract_state: pytree of jax.ShapeDtypeStruct with shardings; the mesh need not be the one
+        saved from. A damaged checkpoint is reported on stderr and set aside as `<step>.damaged`.
+        Raises UserError if leaves differ in name, shape or dtype, or if all checkpoints are damaged.
+        """
+        self.wait()
+        steps = _steps(self._root)
+        for step, older in zip(steps, [*steps[1:], None]):
+            state, problem = self._restore(step, abstract_state)
+            if not problem:
+                return state, step
+            self._set_aside(step, older, problem)
+        if any(self._root.glob("*.damaged*")):
+            advice = "use another --workdir, or delete the *.damaged folders to start from the beginning"
+            raise errors.UserError(f"all checkpoints in {self._root} are damaged; {advice}")
+        return None
+
+    def save(self, step, state):
+        """Saves `state` in the background; a step that is already saved is left as it is.
+
+        Returns once the arrays are copied off the devices. Raises UserError if this save, or the
+        one before it, found no space or could not write.
+        """
+        self.wait()
+        if step in _steps(self._root):
+            return
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state))
+        try:
+            self._orbax().save(step, args=arguments, force=True)  # when to save is the loop's decision
+        except Exception as error:
+            self._fail(step, error)
+        self._pending = self._pool.submit(self._commit, step), step
+
+    def wait(self):
+        """Blocks until the save under way is committed and hashed; raises UserError as `save` does."""
+        if self._pending is None:
+            return
+        (future, step), self._pending = self._pending, None
+        try:
+            future.result()
+        except Exception as error:
+            self._fail(step, error)
+
+    def newest(self):
+        """Step of the newest checkpoint, or None; waits for the save under way."""
+        self.wait()
+        return max(_steps(self._root), default=None)
+
+    def close(self):
+        """Waits for the save under way and stops the background threads."""
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+            if self._manager is not None:
+                self._manager.close()
+
+    def _orbax(self):
+        """The manager, made anew after a failed save; that also removes what a killed save left."""
+        if self._manager is None:
+            policies = [ocp.checkpoint_managers.LatestN(self._config.keep)]
+            if self._config.keep_every:
+                policies.append(ocp.checkpoint_managers.EveryNSteps(self._config.keep_every))
+            keep = ocp.checkpoint_managers.AnyPreservationPolicy(policies)
+            options = ocp.CheckpointManagerOptions(preservation_policy=keep, cleanup_tmp_directories=True)
+            self._manager = ocp.CheckpointManager(self._root, options=options)
+        return self._manager
+
+    def _commit(self, step):
+        """Runs in the background: waits for orbax's rename (older steps go after it), then hashes."""
+        self._orbax().wait_until_finished()
+        if jax.process_index() == 0:
+            files.write_text(self._root / str(step) / provenance.NAME, self._identity)
+            manifest.write_manifest(self._root / str(step))
+
+    def _fail(self, step, error):
+        """Drops the manager, which would raise the same error again, and says what is left."""
+        manager, self._manager = self._manager, None
+        for finish in (manager.wait_until_finished, manager.close):
+            with contextlib.suppress(Exception):
+                finish()
+        text = str(error)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            text = "No space left on device"
+        full = re.search("No space left on device|Disk quota exceeded", text)  # from OSError and tensorstore
+        if not full and not isinstance(error, OSError) and "os_error_code" not in text:
+            raise error
+        cause = "no space left on" if full else f"cannot write ({files.reason(error)}) to"
+        good = _steps(self._root)
+        last = f"the last good checkpoint is step {good[0]}" if good else "there is no good checkpoint"
+        raise errors.UserError(f"checkpoint {step}: {cause} {self._root}; {last}") from error
+
+    def _restore(self, step, abstract_state):
+        """(state, "") or (None, what is damaged); every process gives the same answer."""
+        folder = self._root / str(step)
+        state, problem = None, _inspect(folder) if jax.process_index() == 0 else ""
+        if processes.agreed(not problem):
+            state, problem = _attempt(folder, lambda: self._read(folder, abstract_state))
+            if processes.agreed(not problem):
+                return state, ""
+        return None, problem or "another host cannot read it"
+
+    def _read(self, folder, abstract_state):
+        with ocp.PyTreeCheckpointer() as reader:
+            saved = parameters.named_leaves(_metadata(reader, folder))
+        wanted = parameters.named_leaves(abstract_state)
+        differences = parameters.differences(saved, wanted, lambda leaf: f"{leaf.dtype}{list(leaf.shape)}")
+        if differences:
+            text = parameters.shortened(differences, 8)
+            raise errors.UserError(f"{folder} does not fit this config ({text}); use another --workdir")
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+        return self._orbax().restore(int(folder.name), args=arguments)["state"]
+
+    def _set_aside(self, step, older, problem):
+        folder = self._root / str(step)
+        if jax.process_index() == 0:
+            then = "no older one is left" if older is None else f"going on from step {older}"
+            print(f"checkpoint {folder} is damaged ({problem}); {then}", file=sys.stderr)
+            names = (f"{folder}.damaged{number or ''}" for number in itertools.count())
+            try:
+                os.rename(folder, next(name for name in names if not os.path.lexists(name)))
+            except OSError as error:
+                raise errors.UserError(f"cannot set aside the damaged {folder}: {files.reason(error)}") from error
+        processes.agreed(True)  # wait for the rename
+        self._orbax().reload()
+
+
+def load_params(path, *, ema):
+    """Reads the parameters of another run, without its optimizer, on any number of devices.
+
+    path: a work directory, its `checkpoints` folder, or the folder of one step; of the first two,
+    the newest undamaged step is read. ema: take the moving average if there is one, else `params`.
+    Returns (nested dict of numpy arrays, {"path", "step", "ema", "identity"}); "ema" says which
+    it was. Changes nothing on disk. Raises UserError if there is no undamaged checkpoint.
+    """
+    path = pathlib.Path(files.expand(os.fspath(path))).absolute()
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    one_step = path.name.isdecimal() and (path / "state").is_dir()
+    folders = [path] if one_step else [root / str(step) for step in _steps(root)]
+    if not folders:
+        raise errors.UserError(f"no checkpoint in {path}: give a --workdir or a <workdir>/checkpoints/<step>")
+    for folder in folders:
+        problem = _inspect(folder)
+        if not problem:
+            result, problem = _attempt(folder, lambda: _read_params(folder, ema))
+        if not problem:
+            params, info = result
+            return params, info | {"identity": provenance.find(folder.parent, [folder])[0] or {}}
+        if jax.process_index() == 0:
+            print(f"checkpoint {folder} is damaged ({problem}); not used", file=sys.stderr)
+    raise errors.UserError(f"all checkpoints in {path} are damaged")
+
+
+def save_params(path, params, identity):
+    """Writes a params-only checkpoint (step 0) under the work directory `path`, for `load_params`.
+
+    Raises UserError if checkpoints are there already, or the folder cannot be written to; then nothing is left behind.
+    """
+    root = pathlib.Path(lock.folder(path)) / "checkpoints"
+    with lock.hold(path):
+        require_no_checkpoints(path)
+        new = not root.exists()
+        try:
+            with contextlib.closing(Checkpointer(path, Config(), identity)) as checkpointer:
+                checkpointer.save(0, {"params": params})
+        except BaseException:
+            if new:
+                shutil.rmtree(root, ignore_errors=True)
+            raise
+
+
+def require_no_checkpoints(path):
+    """Raises UserError if the work directory `path` holds checkpoints."""
+    if _steps(pathlib.Path(lock.folder(path)) / "checkpoints"):
+        raise errors.UserError(f"{path} already holds checkpoints; use another --workdir")
+
+
+def _steps(root):
+    """Steps with a folder, newest first; orbax names a folder by its step only once committed."""
+    if not root.is_dir():
+        return []
+    return sorted((int(entry.name) for entry in root.iterdir() if STEP.fullmatch(entry.name)), reverse=True)
+
+
+def _inspect(folder):
+    """What is wrong with a step's files, in a few words; "" if they agree with the manifest or have none."""
+    state = folder / "state"
+    if not state.is_dir() and not state.is_symlink():
+        return "folder state is missing"
+    return manifest.inspect(folder)
+
+
+def _metadata(reader, folder):
+    """The tree of a step's arrays, without their values. Raises ValueError if they cannot be of this size."""
+    found = reader.metadata(folder / "state").item_metadata
+    if not isinstance(getattr(found, "tree", None), dict):
+        raise ValueError("its metadata cannot be read")
+    claimed = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(found.tree))
+    there = sum(manifest.sizes(folder).values())
+    if claimed > EXPANSION * there + ZEROS:
+        raise ValueError(f"its metadata tell of {claimed} bytes of arrays in {there} bytes of files")
+    return found.tree
+
+
+def _read_params(folder, ema):
+    with ocp.PyTreeCheckpointer() as reader:
+        tree = _metadata(reader, folder)
+        is_ema = bool(ema and jax.tree.leaves(tree.get("ema_params")))
+        key = "ema_params" if is_ema else "params"
+        if not jax.tree.leaves(tree.get(key)):
+            raise ValueError("it holds no params")
+        item = {key: tree[key]}
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+        arguments = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
+        params = reader.restore(folder / "state", args=arguments)[key]
+    return params, {"path": str(folder), "step": int(folder.name), "ema": is_ema}
+
+
+def _attempt(folder, read):
+    """(read(), "") or (None, what went wrong) if that may be damage."""
+    try:
+        return read(), ""
+    except Exception as error:
+        lost = jax.distributed.is_initialized() and processes.LOST.search(str(error))
+        if lost or isinstance(error, (errors.UserError, MemoryError)):
+            raise
+        if not manifest.exists(folder):
+            return None, files.reason(error)
+        # With intact files it is memory, sharding or a library, and every other step would fail too.
+        raise errors.UserError(f"{folder} cannot be used: {files.reason(error)}") from error
+
+
+def _require_identity(root, text):
+    """Writes the identity `text`, or raises UserError if the checkpoints here are those of another."""
+    identity, steps, problem = json.loads(text), _steps(root), ""
+    saved, source = provenance.find(root, [root / str(step) for step in steps]) if steps else (None, None)
+    lines = provenance.differences(saved, identity) if saved is not None else []
+    if lines:
+        advice = parameters.shortened(lines, 5)
+        raise errors.UserError(f"{root} holds checkpoints of another run ({advice}); use another --workdir")
+    processes.agreed(True)  # all have read it
+    if jax.process_index() == 0 and source != root:
+        if steps:
+            what = f"taken from {source}" if source else "not known: taken for those of this config"
+            print(f"{root / provenance.NAME} cannot be used; the run of these checkpoints is {what}", file=sys.stderr)
+        try:
+            files.write_text(root / provenance.NAME, text)
+        except OSError as error:
+            problem = f"cannot write to {root}: {files.reason(error)}"
+    if not processes.agreed(not problem):
+        raise errors.UserError(f"--workdir: {problem or f'the first process cannot write to {root}'}")
+    if not processes.agreed((root / provenance.NAME).exists()):
+        raise errors.UserError(f"--workdir {root.parent}: not the same folder for all processes; give one that they share")

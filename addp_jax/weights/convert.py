@@ -1,0 +1,76 @@
+"""`--mode=import` and `--mode=export`: weight files to checkpoints and back. Needs no accelerator."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+
+from addp_jax import errors, parameters, partition, weights
+from addp_jax.weights import checkpoint, layouts, weight_files
+
+OPTIONAL = {"mage": {"tokenizer"}}  # networks that a layout may lack
+
+
+def import_weights(paths: list[str], workdir: str) -> None:
+    """Write the networks of weight files as a checkpoint in `workdir`.
+
+    Of a network that is in several files, the first counts. Nothing is written before all of them are checked.
+    The run's identity is the files' names and the content hash of each network.
+    """
+    require(weights=paths, workdir=workdir)
+    checkpoint.require_no_checkpoints(workdir)
+    networks = collect({}, paths)
+    hashes = {name: parameters.content_hash(params) for name, params in networks.items()}
+    identity = {"imported": [os.path.basename(os.path.normpath(path)) for path in paths], "networks": hashes}
+    checkpoint.save_params(workdir, networks, identity)
+    print(f"{workdir}: wrote {', '.join(networks)}")
+
+
+def export_weights(workdir: str, paths: list[str], output: str, layout: str, ema: bool, force: bool) -> None:
+    """Write the networks of the run in `workdir`, and those it lacks from `paths`, as one file.
+
+    Args:
+      paths: run folders or weight files; a network that the run was trained with must be the very same.
+      output: `.safetensors`, or `.pth` (needs PyTorch).
+      layout: see `layouts`.
+      ema: the averaged parameters where there are.
+      force: replace an existing file.
+    """
+    require(workdir=workdir, output=output, layout=layout)
+    weight_files.check_output(output, force)
+    needed = {network.name for network in layouts.WRITABLE[layout].parts.values()}
+    params, info = checkpoint.load_params(workdir, ema=ema)
+    networks = {name: params[name] for name in params if name in needed}
+    print(f"{workdir}: {'averaged' if info['ema'] else 'raw'} parameters of step {info['step']}: {', '.join(networks) or 'none needed'}")
+    networks = collect(networks, paths, needed)
+    weights.check_frozen(f"--weights: {workdir}", info["identity"], {name: networks[name] for name in networks if name not in params})
+    missing = needed - networks.keys()
+    if missing - OPTIONAL.get(layout, set()):
+        raise errors.UserError(
+            f"--layout={layout}: no {' and no '.join(sorted(missing))} in {', '.join([workdir, *paths])}; "
+            "give a run folder or weight file for each as --weights=PATH"
+        )
+    if missing:
+        print(f"{output}: without {', '.join(missing)}, which the official code may ask for; --weights=PATH adds it")
+    tensors = layouts.arrange(layout, networks)
+    print(f"{output}: writing {len(tensors)} tensors, {sum(array.nbytes for array in tensors.values()) / 1e6:.0f} MB")
+    weight_files.write(output, tensors, layouts.WRITABLE[layout].wrapper)
+
+
+def require(**flags) -> None:
+    for name, value in flags.items():
+        if not value:
+            raise errors.UserError(f"--{name} is missing; see --help")
+
+
+def collect(networks: dict, paths: list[str], wanted=None) -> dict:
+    """`networks` and those of `paths` that it lacks (of `wanted` only, if given)."""
+    for path in paths:
+        with jax.set_mesh(partition.make_mesh(partition.Config(), jax.devices("cpu")[:1])):
+            found = weights.read(path, None if wanted is None else wanted - networks.keys())
+        for name in sorted(found.keys() - networks.keys()):
+            count = sum(leaf.size for leaf in jax.tree.leaves(found[name]))
+            print(f"{path}: {name}, {count / 1e6:.1f} M parameters")
+        networks = found | networks
+    return networks

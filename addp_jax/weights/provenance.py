@@ -1,0 +1,86 @@
+"""Which run a work directory's checkpoints are of: its identity, as JSON, and in what two of them differ.
+
+The rule: the copy that a step's manifest vouches for counts; then the root's file, then any other copy; without one that
+can be read, the run is unknown, never another one.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+import pathlib
+
+from addp_jax import errors, files, parameters
+from addp_jax.weights import manifest
+
+NAME = "identity.json"
+LOCATION = "location"  # the part of an identity that says where the data lay, and is not compared
+
+
+def differences(saved: dict, identity: dict) -> list[str]:
+    """One line for each field in which two identities differ: "model.width was 8, is 16". Where the data lay does not count."""
+    old, new = (_fields({name: tree[name] for name in tree if name != LOCATION}) for tree in (saved, json.loads(json.dumps(identity))))
+    names = sorted(name for name in old.keys() | new.keys() if (name in old, old.get(name)) != (name in new, new.get(name)))
+    return [f"{files.printable(name, 80)} {_change(old.get(name, 'absent'), new.get(name, 'absent'))}" for name in names]
+
+
+def _fields(tree: dict) -> dict:
+    """{names joined by dots: value}, whatever the depth."""
+    result, waiting = {}, [("", tree)]
+    while waiting:
+        prefix, value = waiting.pop()
+        if isinstance(value, dict) and (value or not prefix):
+            waiting += [(f"{prefix}.{name}" if prefix else name, inner) for name, inner in value.items()]
+        else:
+            result[prefix] = value
+    return result
+
+
+def _change(old, new) -> str:
+    texts = [files.printable(repr(value), 80) for value in (old, new)]
+    if not (isinstance(old, list) and isinstance(new, list)) or max(len(repr(old)), len(repr(new))) <= 80:
+        return "was {}, is {}".format(*texts)
+    counts = [collections.Counter(map(json.dumps, value)) for value in (old, new)]
+    parts = []
+    for word, entries in (("added", counts[1] - counts[0]), ("removed", counts[0] - counts[1])):
+        if entries:
+            parts.append(f"{word} {parameters.shortened([files.printable(entry, 40) for entry in entries], 3)}")
+    return f"was a list of {len(old)}, is one of {len(new)} ({', '.join(parts) or 'in another order'})"
+
+
+def find(root: pathlib.Path, folders: list[pathlib.Path]) -> tuple[dict | None, pathlib.Path | None]:
+    """(identity, folder) of the first of the steps `folders` that has it, or of `root`; (None, None) if there is none.
+
+    folder: where it was found; `root` if the file there agrees. Raises UserError if the only file is unreadable.
+    """
+    try:
+        own, problem = (_parsed(manifest.small(root / NAME)), "") if os.path.lexists(root / NAME) else (None, "")
+    except (OSError, ValueError) as error:
+        own, problem = None, files.reason(error)
+    for folder in folders:
+        with contextlib.suppress(ValueError):
+            copy = _parsed(manifest.verified(folder, NAME) or b"")
+            return copy, root if copy == own else folder
+    if own is not None:
+        return own, root
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError):
+            if not manifest.exists(folder):
+                return _parsed(manifest.small(folder / NAME)), folder
+    if problem:
+        advice = "put back a copy of it, or delete it to take these checkpoints for those of your config"
+        raise errors.UserError(f"cannot read {root / NAME} ({problem}): {advice}")
+    return None, None
+
+
+def _parsed(data: bytes) -> dict:
+    """The identity in a file's bytes. Raises ValueError."""
+    try:
+        identity = json.loads(data)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(identity, dict):
+        raise ValueError("not an identity: no JSON object")
+    return identity

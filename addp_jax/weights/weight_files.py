@@ -1,0 +1,289 @@
+"""Weight files: read without trusting them, written whole or not at all.
+
+What a file holds is untrusted: no code of it runs (`pickles`), and nothing is read into memory that is not in the file,
+so that a small file cannot become a large array: its tensors together are at most `SHARING` times as long as the file.
+Whatever is wrong with a file is one line that names it and leads on. Names that come out of a file are made printable
+and cut when they are read.
+
+The tensors stand at the top, or in the dict under the first of `WRAPPERS` that is there, again and again; what stands
+beside it is not read. Averaged tensors (`AVERAGED`, `model_ema.`) are read where there are no raw ones; otherwise one line says
+that they are there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Callable, Iterable
+from typing import IO
+
+import numpy as np
+import safetensors
+from flax import serialization
+
+from addp_jax import errors, files
+from addp_jax.weights import pickles, torch_files
+
+TORCH = (".pth", ".pt", ".ckpt", ".bin")
+FLOATS = ("float32", "float16", "bfloat16", "float64")
+SAFETENSORS_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+SAFETENSORS_TYPES = {name: short for short, name in SAFETENSORS_FLOATS.items()} | {"int64": "I64"}
+WRAPPERS = ("model", "state_dict", "model_state_dict", "params", "module")  # keys under which the tensors are kept
+AVERAGED = ("model_ema", "ema", "state_dict_ema", "ema_state_dict", "model_ema_state_dict", "params_ema", "ema_model")
+AVERAGED_NAMES = ("model_ema.", "n_averaged")  # beginnings of names beside raw tensors
+DEPTH = 8  # dicts around the tensors
+SHARING = 4  # several names may share bytes, as frozen networks do
+NAME_LENGTH = 80  # characters of a name that are kept, more than any layout has
+OTHER_KINDS = (  # how other files begin, and what to do with them
+    (rb"version https://git-lfs", "a Git LFS pointer, not the weights: run git lfs pull in its folder"),
+    (rb"\s*<(!doctype|html|head|\?xml)", "a web page, not the weights: download the file itself"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd", "a compressed archive: unpack it and give the weight file in it"),
+    (rb"(?s).{257}ustar", "a tar archive: unpack it and give the weight file in it"),
+    (rb"\x89HDF", "an HDF5 file (Keras): save its tensors as .safetensors under the names of a layout"),
+    (rb"\x93NUMPY", "a NumPy array, not named tensors: save them as .safetensors"),
+    (rb"model_checkpoint_path:", "of a TensorFlow checkpoint: save its tensors as .safetensors under the names of a layout"),
+    (rb"\s*[{\[]\s*[\"\]}]", "a JSON text, not the weights: of a checkpoint in several parts, join these into one .safetensors file"),
+)
+TENSORFLOW = re.compile(r"\.(index|meta|data-\d+-of-\d+)$")
+SAFETENSORS_START = re.compile(rb"(?s).{6}\0\0\{")
+
+
+class Stored:
+    """A tensor in a file: its shape is known, its values are read by `np.asarray`, as float32.
+
+    float16 and bfloat16 are widened exactly, float64 is rounded. Raises UserError, when read, if the type is no
+    other float or a value is NaN or infinite.
+    """
+
+    def __init__(self, where: str, shape, dtype: str, read):
+        """where: file and name for messages; read: () -> array."""
+        self.where, self.shape, self.dtype, self.read = where, tuple(shape), files.printable(dtype, NAME_LENGTH), read
+        self.on_read = lambda: None
+
+    def __array__(self, dtype=None, copy=None):
+        if self.dtype not in FLOATS:
+            raise errors.UserError(f"{self.where} is {self.dtype}; weights are {', '.join(FLOATS)}")
+        try:
+            with np.errstate(over="ignore"):  # what overflows is refused below
+                array = np.array(self.read(), np.float32)  # a copy: the file may change while its values are in use
+        except errors.UserError:
+            raise
+        except Exception as error:  # the file was changed, or its disk fails
+            raise errors.UserError(f"{self.where} cannot be read: {files.reason(error)}") from error
+        if not np.isfinite(array).all():
+            raise errors.UserError(f"{self.where} holds values that are NaN or infinite")
+        self.on_read()
+        return array
+
+
+def read(path: str) -> dict[str, Stored]:
+    """The tensors of a weight file, by name.
+
+    `.safetensors`; `.pth`, `.pt`, `.ckpt` and `.bin` (PyTorch); `.msgpack` or no extension (flax; names joined by slashes).
+    Raises UserError naming the file when it cannot be read, is damaged, or holds anything but tensors.
+    """
+    extension = os.path.splitext(path)[1].lower()
+    refuse_other_kinds(path, extension)
+    if extension == ".safetensors":
+        return read_safetensors(path)
+    if extension in TORCH:
+        return read_torch(path)
+    if extension in (".msgpack", ""):
+        return read_msgpack(path)
+    known = f"use .safetensors, {', '.join(TORCH)} or flax's .msgpack"
+    raise errors.UserError(f"{path}: {files.printable(extension, NAME_LENGTH)} is no weight file; {known}")
+
+
+def refuse_other_kinds(path: str, extension: str) -> None:
+    """Raises UserError if the first bytes are those of another kind of file than `extension` says."""
+    try:
+        with files.open_regular(path) as file:
+            start = file.read(512)
+    except (OSError, ValueError) as error:
+        raise errors.UserError(f"{path} cannot be read: {files.reason(error)}") from error
+    if not start:
+        raise errors.UserError(f"{path} is empty: copy or download it again")
+    if TENSORFLOW.search(path.lower()):
+        raise errors.UserError(f"{path} is {OTHER_KINDS[-2][1]}")
+    for pattern, what in OTHER_KINDS:
+        if re.match(pattern, start, re.IGNORECASE):
+            raise errors.UserError(f"{path} is {what}")
+    torch = start.startswith(torch_files.ZIP) or torch_files.PICKLE.match(start)
+    if torch and extension not in TORCH:
+        raise errors.UserError(f"{path} is a file of PyTorch's by its content: give it a name that ends in .pth")
+    if SAFETENSORS_START.match(start) and extension != ".safetensors":
+        raise errors.UserError(f"{path} is a safetensors file by its content: give it a name that ends in .safetensors")
+
+
+def printable(name) -> str:
+    """A name out of a file, in one line and at most `NAME_LENGTH` characters."""
+    return files.printable(str(name), NAME_LENGTH)
+
+
+def read_safetensors(path: str) -> dict[str, Stored]:
+    try:
+        file = safetensors.safe_open(path, "numpy")
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        found = {}
+        for name, tensor in slices.items():
+            dtype = SAFETENSORS_FLOATS.get(tensor.get_dtype(), tensor.get_dtype())
+            found[name] = Stored(f"{path}: {printable(name)}", tensor.get_shape(), dtype, lambda name=name: file.get_tensor(name))
+    except Exception as error:  # the library has several kinds, and panics
+        reason = files.reason(error).removeprefix("Error while deserializing header: ")
+        raise errors.UserError(f"{path} is not a whole safetensors file: {reason}") from error
+    return {printable(name): tensor for name, tensor in raw_only(path, found).items()}
+
+
+def read_torch(path: str) -> dict[str, Stored]:
+    file = torch_files.File(path)
+    found, total = {}, 0
+    for key, value in tensors_of(path, file.tree).items():
+        where = f"{path}: {printable(key)}"
+        try:
+            tensor = file.tensor(value)
+        except Exception as error:  # arguments of any kind
+            why = files.reason(error) if isinstance(error, ValueError) else "arguments that make no tensor"
+            raise errors.UserError(f"{where} is not stored whole: {why}") from error
+        if tensor is None:
+            raise not_a_tensor(where, value)
+        total += tensor.nbytes
+        found[printable(key)] = Stored(where, tensor.shape, tensor.dtype, tensor.read)
+    if total > SHARING * file.size:
+        raise errors.UserError(f"{path} is refused: its tensors are {total / 1e6:.0f} MB, the file {file.size / 1e6:.0f} MB")
+    return found
+
+
+def read_msgpack(path: str) -> dict[str, Stored]:
+    """Of a file of `flax.serialization`."""
+    try:
+        tree = serialization.msgpack_restore(files.read_bytes(path))
+    except Exception as error:  # numpy and msgpack raise whatever a hostile file makes them
+        raise errors.UserError(f"{path} is not a whole flax msgpack file: {files.reason(error)}") from error
+    found, left = {}, [("", tensors_of(path, tree))]
+    while left:  # no recursion: a file can nest deeply
+        prefix, branch = left.pop()
+        for key, value in branch.items():
+            name = printable(f"{prefix}{key}")
+            if isinstance(value, dict):
+                left.append((f"{name}/", value))
+            elif isinstance(value, np.ndarray):
+                found[name] = Stored(f"{path}: {name}", value.shape, str(value.dtype), lambda value=value: value)
+            else:
+                raise not_a_tensor(f"{path}: {name}", value)
+    return found
+
+
+def not_a_tensor(where: str, value) -> errors.UserError:
+    kind = value.name if isinstance(value, pickles.Made) else type(value).__name__
+    return errors.UserError(f"{where} is a {printable(kind)}, not a tensor")
+
+
+def tensors_of(path: str, tree) -> dict:
+    """The dict of tensors in what a file holds."""
+    for _ in range(DEPTH):
+        inside = lambda keys: [key for key in keys if isinstance(tree, dict) and isinstance(tree.get(key), dict)]
+        raw, averaged = inside(WRAPPERS), inside(AVERAGED)
+        if raw and averaged:
+            tell_averaged(path, averaged[0])
+        if not raw + averaged:
+            break
+        tree = tree[(raw + averaged)[0]]
+    if isinstance(tree, pickles.Made):
+        advice = "save its state_dict() by torch.save"
+        raise errors.UserError(f"{path} holds an object of {printable(tree.name)}, not a dict of tensors: {advice}")
+    if not isinstance(tree, dict) or not tree:
+        raise errors.UserError(f"{path} holds no dict of tensors")
+    return raw_only(path, tree)
+
+
+def raw_only(path: str, tensors: dict) -> dict:
+    """Without averaged tensors that stand beside raw ones, and without the count of `torch.optim.swa_utils`."""
+    averaged = [name for name in tensors if str(name).startswith(AVERAGED_NAMES)]
+    if not averaged or len(averaged) == len(tensors):
+        return tensors
+    if any(name != "n_averaged" for name in averaged):
+        tell_averaged(path, averaged[0])
+    return {name: tensor for name, tensor in tensors.items() if name not in averaged}
+
+
+def tell_averaged(path: str, name: str) -> None:
+    print(f"{path}: holds averaged tensors as well ({printable(name)}); the raw ones are read. Save the averaged alone to read them")
+
+
+def without_prefix(tensors: dict, known: Callable[[Iterable[str]], bool]) -> dict:
+    """`tensors` without the prefix (`module.`, `_orig_mod.`, `model.`...) that all names share, if only then they are `known`.
+
+    known: whether names are those of a network that is looked for. Returns `tensors` as they are if no prefix helps.
+    """
+    found = tensors
+    while not known(found):
+        prefixes = {match[0] if (match := re.match(r"[^./]*[./]", name)) else "" for name in found}
+        if len(prefixes) != 1 or "" in prefixes:
+            return tensors
+        (prefix,) = prefixes
+        found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    return found
+
+
+def check_output(path: str, force: bool) -> None:
+    """Raises UserError unless `path` names a file of a kind that can be written here, and is free or `force` is set."""
+    extension = os.path.splitext(path)[1].lower()
+    if extension in TORCH:
+        import_torch(path)
+    elif extension != ".safetensors":
+        raise errors.UserError(f"--output={path}: give a name that ends in .safetensors or {', '.join(TORCH)}")
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise errors.UserError(f"--output={path}: there is no folder {os.path.dirname(path)}")
+    if os.path.exists(path) and not force:
+        raise errors.UserError(f"--output={path}: there is such a file already; --force replaces it")
+
+
+def write(path: str, tensors: dict[str, np.ndarray], wrapper: str) -> None:
+    """Writes contiguous arrays to `path` (see `check_output`): under another name first, so that it appears whole.
+
+    wrapper: key of the dict around the tensors in a PyTorch file; "" = none. Raises UserError when there is no room.
+    """
+    size, free = sum(array.nbytes for array in tensors.values()), shutil.disk_usage(os.path.dirname(path) or ".").free
+    if size > free:
+        raise errors.UserError(f"{path} needs {size / 1e6:.0f} MB, and its disk has {free / 1e6:.0f} MB left")
+    try:
+        if path.lower().endswith(".safetensors"):
+            files.replace(path, lambda file: write_safetensors(file, tensors))
+        else:
+            files.replace(path, lambda file: write_torch(file, tensors, wrapper))
+    except (OSError, RuntimeError) as error:
+        raise errors.UserError(f"cannot write {path}: {files.reason(error)}; is the disk full?") from error
+
+
+def write_safetensors(file: IO[bytes], tensors: dict[str, np.ndarray]) -> None:
+    """Array by array, so that no copy of all is in memory; the widest elements first, so that each array is aligned."""
+    header, end = {}, 0
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        dtype, shape = SAFETENSORS_TYPES[str(tensors[name].dtype)], list(tensors[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for name in names:
+        file.write(tensors[name].reshape(-1).view(np.uint8))
+
+
+def write_torch(file: IO[bytes], tensors: dict[str, np.ndarray], wrapper: str) -> None:
+    """An array under several names is stored once."""
+    torch = import_torch(file.name)
+    shared = {id(array): torch.from_numpy(array) for array in tensors.values()}
+    state = {name: shared[id(array)] for name, array in tensors.items()}
+    torch.save({wrapper: state} if wrapper else state, file)
+
+
+def import_torch(path: str):
+    try:
+        import torch
+    except ImportError as error:
+        raise errors.UserError(f"{path} needs PyTorch to be written: pip install torch; a .safetensors file does not") from error
+    return torch
