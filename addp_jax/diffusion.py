@@ -8,7 +8,7 @@
 | `mask_t`, `mask_s` | as above, `mask_s` inside `mask_t` | s is a step *cleaner* than t | m_t, m_(t-1) |
 | `probs`, `logits` | float32 `[B,L,K]` | over the K codes only | z-bar |
 | `codebook` | float32 `[K,Z]` | | e |
-| `latents` | float32 `[B,h,w,Z]` | codebook space | |
+| `latents` | float32 `[B,L,Z]` | codebook space, raster order | |
 | `mask_ratio` / `num_masked` | fraction (0,1] / int 1..L | of the L tokens | gamma |
 | `t` / `step` | diffusion index / optimizer step | never interchanged | |
 
@@ -38,6 +38,17 @@ class MaskSchedule:
     std: float = 0.25
     max_jump: int = 5  # mask_t lies 1..max_jump grid points beyond mask_s
     group: int = 1  # examples that share one ratio (the release: the whole batch of a device)
+
+    def __post_init__(self):
+        for name, good, advice in (
+            ("low", 0 <= self.low < self.high, "use a fraction below high"),
+            ("high", self.high <= 1, "use a fraction, at most 1"),
+            ("std", self.std > 0, "use a number above 0"),
+            ("max_jump", self.max_jump >= 1, "use at least 1"),
+            ("group", self.group >= 1, "use at least 1"),
+        ):
+            if not good:
+                raise ValueError(f"{name}: {getattr(self, name)}; {advice}")
 
 
 def mask_ratio_grid(schedule: MaskSchedule) -> tuple[np.ndarray, np.ndarray]:

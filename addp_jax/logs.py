@@ -93,7 +93,7 @@ class Writer:
             self._flushed = time.monotonic()
 
     def _naming_errors(self):
-        return _naming_errors(f"write to --workdir {self._workdir}")
+        return _naming_errors(f"write to workdir {self._workdir}")
 
 
 @contextlib.contextmanager

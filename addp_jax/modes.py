@@ -44,6 +44,13 @@ def fields(task: str, model: Any = None) -> dict:
     return schema.fields(program.Config(task, model)) | {name: schema.fields(section()) for name, section in SECTIONS.items()}
 
 
+def tiny(config: Mapping) -> dict:
+    """All fields, with those values that the dataclasses state for a run of seconds (`schema.field`)."""
+    own, sections = split(config)
+    own = dataclasses.replace(own, model=schema.build(tasks.load(own.task).Config, own.model, "config.model"))
+    return schema.fields(own, tiny=True) | {name: schema.fields(sections[name], tiny=True) for name in sections}
+
+
 def split(config: Mapping) -> tuple[program.Config, dict[str, Any]]:
     """(the run's Config, {section: its Config}) of all fields. Raises UserError naming one that is wrong."""
     sections = {name: schema.build(SECTIONS[name], config[name], f"config.{name}") for name in SECTIONS if name in config}
@@ -59,4 +66,5 @@ def run(name: str, config: Mapping, workdir: str) -> None:
     if not mode.trains:
         subject = program.create(own)
         tasks.require(subject.task, own.task, mode.ability)
-    mode.run(subject, *[sections[mode.section]] * bool(mode.section), *[files.expand(workdir)] * mode.workdir)
+    settings = [sections[mode.section]] if mode.section else []
+    mode.run(subject, *settings, *[files.expand(workdir)] * mode.workdir)

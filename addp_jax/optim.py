@@ -1,38 +1,24 @@
 """The optimizer from its config: schedule, weight decay, clipping. The one place that turns batch and epochs into steps.
-
-Every number of the config is finite and in the range that RANGES states; UserError names the field that is not.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import jax
 import numpy as np
 import optax
 
-from addp_jax import errors, parameters, partition
+from addp_jax import errors, parameters, partition, schema
 
 # Not decayed: what the release's rule (one dimension, or a name that ends in ".bias") leaves out. Judged by name,
 # since scanned parameters have a layer axis more than the release's.
 NOT_DECAYED = ("bias", "scale")
 LARS_TRUST, LARS_MOMENTUM = 1e-3, 0.9  # MAE's linear probe
 
-# Field -> what is accepted, in words and as a function.
-POSITIVE = "a number above 0", lambda value: value > 0
-NOT_NEGATIVE = "0 or a number above it", lambda value: value >= 0
-BELOW_ONE = "a fraction from 0 to below 1", lambda value: 0 <= value < 1
-RANGES = {
-    "base_lr": POSITIVE, "min_lr": NOT_NEGATIVE, "warmup_epochs": NOT_NEGATIVE, "warmup_steps": NOT_NEGATIVE, "betas": BELOW_ONE,
-    "eps": POSITIVE, "weight_decay": NOT_NEGATIVE, "clip_norm": NOT_NEGATIVE, "ema_decay": BELOW_ONE,
-    "layer_decay": ("a fraction above 0, at most 1", lambda value: 0 < value <= 1),
-    "accumulate": ("at least 1", lambda value: value >= 1),
-}  # fmt: skip
 
-
-@dataclasses.dataclass(frozen=True)
+@schema.config
 class Config:
     """AdamW or LARS with linear warm-up and half-cosine decay, per step.
 
@@ -40,29 +26,19 @@ class Config:
     differ while the learning rate changes.
     """
 
-    optimizer: str = "adamw"  # adamw | lars (betas and eps do not count)
-    base_lr: float = 1e-4  # learning rate at a batch of 256; the real one is base_lr * batch / 256
-    min_lr: float = 0.0
-    warmup_epochs: float = 40.0  # or warmup_steps, where config.epochs is 0
-    warmup_steps: int = 0
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.05
+    optimizer: str = schema.field("adamw", choices=("adamw", "lars"))  # betas and eps do not count for lars
+    base_lr: float = schema.field(1e-4, above=0, tiny=1e-2)  # at a batch of 256; the learning rate is base_lr * batch / 256
+    min_lr: float = schema.field(0.0, least=0)  # at the end of the half cosine
+    warmup_epochs: float = schema.field(40.0, least=0)  # linear from 0; counts where epochs is set
+    warmup_steps: int = schema.field(0, least=0, tiny=1)  # counts where steps is set
+    betas: tuple[float, float] = schema.field((0.9, 0.95), least=0, below=1)
+    eps: float = schema.field(1e-8, above=0)
+    weight_decay: float = schema.field(0.05, least=0)
     not_decayed: tuple[str, ...] = NOT_DECAYED  # ends of the names of parameters without weight decay
-    layer_decay: float = 1.0  # learning rate of each encoder layer relative to the one above it
-    clip_norm: float = 3.0  # global gradient norm; 0 = no clipping
-    accumulate: int = 1  # micro-batches per optimizer step
-    ema_decay: float = 0.0  # of the parameter average; 0 = none
-
-    def __post_init__(self):
-        if len(self.betas) != 2:
-            raise errors.UserError(f"config.optim.betas: {self.betas}; use two numbers")
-        for name, (words, accepts) in RANGES.items():
-            value = getattr(self, name)
-            if not all(math.isfinite(number) and accepts(number) for number in (value if name == "betas" else [value])):
-                raise errors.UserError(f"config.optim.{name}: {value}; use {words}")
-        if self.optimizer not in ("adamw", "lars"):
-            raise errors.UserError(f"config.optim.optimizer: {self.optimizer!r}; use adamw or lars")
+    layer_decay: float = schema.field(1.0, above=0, most=1)  # learning rate of each encoder layer relative to the one above it
+    clip_norm: float = schema.field(3.0, least=0)  # global gradient norm; 0 = no clipping
+    accumulate: int = schema.field(1, least=1)  # micro-batches per optimizer step
+    ema_decay: float = schema.field(0.0, least=0, below=1)  # of the averaged parameters; 0 = no average
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +57,6 @@ def length(config: Config, *, epochs: float, steps: int, num_train: int, batch_s
     into batches, so that a batch may hold the end of one pass and the beginning of the next.
     """
     require_batch(num_train, batch_size)
-    for name, value in (("epochs", epochs), ("steps", steps)):
-        if not (math.isfinite(value) and value >= 0):
-            raise errors.UserError(f"config.{name}: {value}; use {NOT_NEGATIVE[0]}")
     if bool(epochs) == bool(steps):
         raise errors.UserError("config.epochs and config.steps: set exactly one of them (the other to 0)")
     if steps:

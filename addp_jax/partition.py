@@ -10,7 +10,6 @@ The mesh has three axes. Eight devices as `Config(data=2, fsdp=2, tensor=2)`:
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 
@@ -19,7 +18,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from addp_jax import errors
+from addp_jax import errors, schema
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -42,16 +41,16 @@ Layout = tuple[tuple[str, tuple[str, ...]], ...]
 
 
 
-@dataclasses.dataclass(frozen=True)
+@schema.config
 class Config:
     """Mesh sizes; one may be -1 (all remaining devices).
 
     fsdp=-16: the largest size up to 16 that divides 16 and the devices that data and tensor leave.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = schema.field(-1, tiny=-1)
+    fsdp: int = schema.field(1, tiny=1)
+    tensor: int = schema.field(1, tiny=1)
 
 
 def make_mesh(config: Config, devices=None) -> Mesh:

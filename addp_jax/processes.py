@@ -35,7 +35,7 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     """
     given = (coordinator, num_processes, process_id)
     if len({value is None for value in given}) > 1:
-        raise errors.UserError("--coordinator, --num_processes and --process_id belong together: give all, or none")
+        raise errors.UserError("coordinator, num_processes and process_id belong together: give all, or none")
     jax.config.update("jax_enable_preemption_service", interruptible)  # while it is on, it takes every SIGTERM
     try:
         jax.distributed.initialize(
@@ -43,8 +43,8 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
             shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         )  # fmt: skip
     except (ValueError, RuntimeError) as error:
-        advice = "give --coordinator=HOST:PORT --num_processes=N --process_id=I" if coordinator is None else "see --help"
-        raise errors.UserError(f"--distributed: {str(error).splitlines()[0]}; {advice}") from error
+        advice = "give coordinator=HOST:PORT num_processes=N process_id=I" if coordinator is None else "see --help"
+        raise errors.UserError(f"distributed: {str(error).splitlines()[0]}; {advice}") from error
     if jax.process_index():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     print(

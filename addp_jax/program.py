@@ -22,18 +22,18 @@ from addp_jax.weights import checkpoint, provenance
 SHOWN = 5  # differences, or class names, in a message
 
 
-@dataclasses.dataclass(frozen=True)
+@schema.config
 class Evaluation:
     """Distances between images of the evaluation split and the model's own, at every evaluation."""
 
     features: str = ""  # inception, or the work directory of a convnet or addp run; "" = no distances
     inception_weights: str = ""  # pt_inception-2015-12-05-6726825d, .pth or .safetensors
-    num_images: int = schema.field(2000, least=2)  # of the split, spread evenly; the names end in it: fid_2k
-    batch_size: int = schema.field(64, least=1)
+    num_images: int = schema.field(2000, least=2, tiny=16)  # of the split, spread evenly; the names end in it: fid_2k
+    batch_size: int = schema.field(64, least=1, tiny=8)
     seed: int = 0  # of the samples
 
 
-@dataclasses.dataclass(frozen=True)
+@schema.config
 class Config:
     """A run. Of `model` the task's own Config says what matters."""
 
@@ -42,14 +42,14 @@ class Config:
     # Run folder or weight file that the trained network starts from; "" = random. Its content matters, not its path.
     init: str = schema.field("", matters=schema.NOTHING)
     seed: int = 0  # of parameters, masks, dropout, data order
-    batch_size: int = schema.field(4096, least=1)  # images per optimizer step, over all devices
-    epochs: float = schema.field(0.0, least=0)  # passes over the training split; or
-    steps: int = schema.field(0, least=0)  # optimizer steps; exactly one of the two is set
-    dtype: str = "auto"  # of the computation: float32 on CPU, bfloat16 elsewhere; parameters are float32
-    log_every: int = schema.field(50, least=1, matters=schema.NOTHING)  # steps
-    eval_every: int = schema.field(5000, least=1, matters=schema.NOTHING)  # steps
+    batch_size: int = schema.field(4096, least=1, tiny=8)  # images per optimizer step, over all devices
+    epochs: float = schema.field(0.0, least=0, tiny=0.0)  # passes over the training split; or
+    steps: int = schema.field(0, least=0, tiny=4)  # optimizer steps; exactly one of the two is set
+    dtype: str = schema.field("auto", choices=("auto", "float32", "bfloat16"))  # of the computation: float32 on CPU, bfloat16 elsewhere; parameters are float32
+    log_every: int = schema.field(50, least=1, matters=schema.NOTHING, tiny=1)  # steps
+    eval_every: int = schema.field(5000, least=1, matters=schema.NOTHING, tiny=4)  # steps
     # Batches per evaluation while training, spread over the split; 0 = the whole split.
-    eval_batches: int = schema.field(8, least=0, matters=schema.NOTHING)
+    eval_batches: int = schema.field(8, least=0, matters=schema.NOTHING, tiny=1)
     data: pipeline.Config = pipeline.Config()
     optim: optim.Config = optim.Config()
     mesh: partition.Config = schema.field(partition.Config(), matters=schema.NOTHING)

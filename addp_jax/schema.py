@@ -43,12 +43,27 @@ def chosen(kind: type[Named], name, where: str) -> type:
     return importlib.import_module(f"{kind.PACKAGE}.{name}").Config
 
 
-def field(default=dataclasses.MISSING, *, least=-math.inf, most=math.inf, above=-math.inf, below=math.inf, matters=NETWORK, tiny=None):
-    """A dataclass field for numbers in [least, most], larger than `above` and smaller than `below`.
+@typing.dataclass_transform(frozen_default=True)
+def config(cls: type) -> type:
+    """A frozen dataclass whose fields are in their ranges. Making another raises ValueError that begins with the field's name."""
+    own = cls.__dict__.get("__post_init__", lambda self: None)
+
+    def check(self):
+        for entry in dataclasses.fields(self):
+            check_range(getattr(self, entry.name), entry)
+        own(self)
+
+    cls.__post_init__ = check
+    return dataclasses.dataclass(frozen=True)(cls)
+
+
+def field(default=dataclasses.MISSING, *, least=-math.inf, most=math.inf, above=-math.inf, below=math.inf, choices=(), matters=NETWORK, tiny=None):
+    """A dataclass field for numbers in [least, most], larger than `above` and smaller than `below`, or for one of `choices`.
 
     matters: what depends on it. tiny: its value in a run that takes seconds, where that is another.
     """
-    metadata = {"least": least, "most": most, "above": above, "below": below, "matters": matters, "tiny": tiny}
+    limits = {"least": least, "most": most, "above": above, "below": below, "choices": tuple(choices)}
+    metadata = {**limits, "matters": matters, "tiny": tiny}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -112,22 +127,26 @@ def build(cls, fields: Mapping, where: str = "config"):
         no_default = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
         if name not in values and no_default:
             raise errors.UserError(f"{where}.{name}: this field has no value")
-        if name in values:
-            check_range(values[name], entry, f"{where}.{name}")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ValueError as error:  # of a dataclass: begins with the name of the field
+        raise errors.UserError(f"{where}.{error}") from error
 
 
-def check_range(value, entry: dataclasses.Field, where: str) -> None:
-    """Raises UserError for a number outside the range of its field."""
+def check_range(value, entry: dataclasses.Field) -> None:
+    """Raises ValueError for a number outside the range of its field."""
+    name = entry.name
     numbers = value if isinstance(value, tuple) else (value,)
     if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-        raise errors.UserError(f"{where}: {value}; use a finite number")
+        raise ValueError(f"{name}: {value}; use a finite number")
     if entry.name == "seed" or entry.name.endswith("_seed"):
         if not 0 <= value <= LARGEST_SEED:
-            raise errors.UserError(f"{where}: {value}; use a whole number from 0 to {LARGEST_SEED}")
+            raise ValueError(f"{name}: {value}; use a whole number from 0 to {LARGEST_SEED}")
     limits = entry.metadata
     if "least" not in limits:
         return
+    if limits["choices"] and value not in limits["choices"]:
+        raise ValueError(f"{name}: {value!r}; use {' or '.join(limits['choices'])}")
     low, high = max(limits["least"], limits["above"]), min(limits["most"], limits["below"])
     for number in numbers:
         if isinstance(number, (int, float)) and not (
@@ -135,7 +154,7 @@ def check_range(value, entry: dataclasses.Field, where: str) -> None:
         ):
             bounds = [f"{'above' if limits['above'] == low else 'at least'} {low:g}"] * (low > -math.inf)
             bounds += [f"{'below' if limits['below'] == high else 'at most'} {high:g}"] * (high < math.inf)
-            raise errors.UserError(f"{where}: {value}; use {' and '.join(bounds)}")
+            raise ValueError(f"{name}: {value}; use {' and '.join(bounds)}")
 
 
 def convert(kind, value, where: str):

@@ -6,18 +6,19 @@
         --config.model.encoder_weights=runs/demo/addp
 """
 
-from configs import demo, recognition
+from addp_jax.data import augment
+from addp_jax.tasks import classification
+from configs import demo
 
-NUM_CLASSES, LABELS = 8, 10  # generated shapes; training images of each
+LABELS = 10  # training images of each class
 
 
 def get_config(arg=""):
-    model = recognition.classification_task(demo.ENCODER, NUM_CLASSES, demo.image_size(arg), demo.PATCH, drop_path=0.0)
-    config = demo.run("classification", 50, 32, 3e-3, **model)
-    config.model.net.encoder.update(input_norm=True, final_norm=True)  # so few steps do not make up for lost norms
-    config.model.update(mixup=0.0, cutmix=0.0)
-    config.model.augment.update(magnitude=0.0, erase=0.0)
-    config.data.update(num_train=NUM_CLASSES * LABELS, crop_scale=(1.0, 1.0), flip=False)
+    # With the encoder's norms: so few steps do not make up for lost ones.
+    net = demo.networks(arg).classifier(demo.NUM_CLASSES, input_norm=True, final_norm=True)
+    model = classification.Config(net, mixup=0.0, cutmix=0.0, augment=augment.Config(magnitude=0.0, erase=0.0))
+    config = demo.run("classification", model, 50, 32, 3e-3)
+    config.data.update(num_train=demo.NUM_CLASSES * LABELS, flip=False)
     config.optim.update(betas=(0.9, 0.999), layer_decay=0.8)
-    config.update(eval_batches=0)
+    config.eval_batches = 0
     return demo.sized(config, arg)

@@ -4,10 +4,11 @@
     python -m addp_jax.measuring.judge --judge=runs/demo/judge --samples=runs/demo/addp/generated/samples.npz
 """
 
-from configs import base, demo
+from addp_jax.models.convnet import Config
+from addp_jax.tasks import convnet
+from configs import demo
 
 
 def get_config(arg=""):
-    net = base.convnet(demo.image_size(arg), num_classes=8)
-    config = demo.run("convnet", 300, 32, 3e-3, **base.convnet_task(net))
-    return demo.sized(config, arg)
+    net = Config(image_size=demo.networks(arg).tokenizer.image_size, num_classes=demo.NUM_CLASSES)
+    return demo.sized(demo.run("convnet", convnet.Config(net), 300, 32, 3e-3), arg)

@@ -4,12 +4,14 @@
         --config.model.encoder_weights=runs/demo/addp
 """
 
-from configs import demo, recognition
+from addp_jax.tasks import linear_probe
+from configs import demo
 
 
 def get_config(arg=""):
-    config = demo.run("linear_probe", 500, 256, 1e-2, **recognition.probe_task(demo.ENCODER, 8, demo.image_size(arg), demo.PATCH))
-    config.data.update(num_train=4000)
-    config.optim.update(weight_decay=0.0)
-    config.update(eval_batches=0)
+    model = linear_probe.Config(demo.networks(arg).encoder(), num_classes=demo.NUM_CLASSES)
+    config = demo.run("linear_probe", model, 500, 256, 1e-2)
+    config.data.num_train = 4000
+    config.optim.weight_decay = 0.0
+    config.eval_batches = 0
     return demo.sized(config, arg)

@@ -10,11 +10,11 @@ and TPUs (float32: --config.dtype=float32). What either costs has not been measu
     python -m addp_jax.main --config=configs/tokenizer.py --workdir=runs/tokenizer --config.data.path=...
 """
 
+from addp_jax.tasks import tokenizer
 from configs import base
 
 
 def get_config(arg=""):
-    config = base.run("tokenizer", **base.tokenizer_task(base.tokenizer()))
-    config.update(batch_size=256, steps=1_000_000)
+    config = base.run("tokenizer", tokenizer.Config(), batch_size=256, steps=1_000_000)
     config.optim.update(base_lr=1e-4, betas=(0.0, 0.99), weight_decay=0.0, clip_norm=0.0, warmup_steps=5000, ema_decay=0.999)
     return base.sized(config, arg)

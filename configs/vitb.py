@@ -7,12 +7,8 @@ this file has not been made. Needs the tokenizer of stage 1, the ViT-B token pre
         --config.model.tokenizer_weights=runs/tokenizer --config.model.predictor_weights=runs/predictor_vitb
 """
 
-from configs import base
+from configs import addp
 
 
 def get_config(arg=""):
-    size = base.SIZES["vitb"]
-    model = base.addp_task(base.pixel_to_token(*size), base.predictor(*size), base.tokenizer())
-    config = base.run("addp", **model)
-    config.update(epochs=1600.0)
-    return base.sized(base.for_pods(config), arg)
+    return addp.run("b", 1600.0, arg)

@@ -58,7 +58,7 @@ main generate demo_addp addp "${source[@]}" "${weights[@]}"
 if [ -z "$data" ]; then
     echo "== a classifier trained on real shapes looks at the samples"
     main train demo_judge judge
-    python -m addp_jax.judge --judge="$out/judge" --samples="$out/addp/generated/samples.npz" \
+    python -m addp_jax.measuring.judge --judge="$out/judge" --samples="$out/addp/generated/samples.npz" \
         --output="$out/addp/generated/judged.png"
 fi
 

@@ -10,15 +10,19 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # configs import configs.base
 
 
+ARGUMENTS = {"predictor": ("b", "l"), "in1k": ("b", "l"), "probe": ("b", "l"), "own": ("tokenizer", "predictor", "addp", "classification")}
+
+
 def names() -> list[str]:
-    """Every config that can be run: the files of configs/ with a get_config."""
-    files = sorted((ROOT / "configs").glob("*.py"))
-    return [file.stem for file in files if "def get_config(" in file.read_text()]
+    """Every config that can be run, as on the command line: the files of configs/ with a get_config, with their arguments."""
+    files = [file for file in sorted((ROOT / "configs").glob("*.py")) if "def get_config(" in file.read_text()]
+    return [":".join(filter(None, (file.stem, arg))) for file in files for arg in ARGUMENTS.get(file.stem, ("",))]
 
 
 def fields(name: str, arg: str = "tiny", **changes):
     """The ConfigDict of configs/<name>.py:<arg>; `changes` like model__tokenizer_weights="..."."""
-    config = importlib.import_module(f"configs.{name}").get_config(arg)
+    file, _, own = name.partition(":")
+    config = importlib.import_module(f"configs.{file}").get_config(",".join(filter(None, (own, arg))))
     config.lock()
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
     return config

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import released
 
-from addp_jax import errors
 from addp_jax.data import augment, transforms
 from PIL import Image
 
@@ -76,5 +75,5 @@ def test_the_transform_is_a_function_of_its_generator_and_pickles():
 
 @pytest.mark.parametrize("change", [dict(magnitude=11.0), dict(magnitude_std=-1.0), dict(erase=1.5)])
 def test_settings_out_of_range_are_refused(change):
-    with pytest.raises(errors.UserError, match="config.model.augment"):
+    with pytest.raises(ValueError, match=next(iter(change))):
         augment.Config(**change)

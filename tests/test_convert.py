@@ -17,6 +17,7 @@ from safetensors import numpy as safetensors_numpy
 from addp_jax import errors, parameters, partition, weights
 from addp_jax.codecs import vqgan
 from addp_jax.models import token_predictor
+from addp_jax.program import create_training
 from addp_jax.training import loop
 from addp_jax.weights import checkpoint, convert, layouts
 
@@ -30,7 +31,7 @@ def program(root, **changes):
     """The tiny ADDP config on two devices, parameters split over them, with frozen networks from `root`."""
     paths = {f"model__{field}_weights": str(root / name) for field, name in zip(("tokenizer", "predictor"), FROZEN)}
     config = programs.config("demo_addp", **paths | dict(optim__ema_decay=0.5) | changes)
-    return program.create_training(config, num_train=8, mesh=partition.make_mesh(partition.Config(data=1, fsdp=2), jax.devices()[:2]))
+    return create_training(config, num_train=8, mesh=partition.make_mesh(partition.Config(data=1, fsdp=2), jax.devices()[:2]))
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,7 @@ def test_an_exported_encoder_gives_the_same_features_and_gradients_in_pytorch(to
 def test_an_exported_classifier_gives_the_same_logits_and_gradients_in_pytorch(torch, tmp_path):
     import twin
 
-    task = program.create_training(programs.config("vitb_in1k"), num_train=8).task
+    task = create_training(programs.config("in1k:b"), num_train=8).task
     params = jax.tree.map(np.array, jax.jit(task.init)(jax.random.key(3)))
     params["classifier"]["dense_out"]["kernel"] *= 1e4  # it starts near 0
     checkpoint.save_params(tmp_path / "run", params, {})
@@ -226,7 +227,7 @@ def test_a_file_of_another_size_names_the_field(runs, tmp_path):
 
 
 def test_missing_networks_are_named(runs, tmp_path):
-    with pytest.raises(errors.UserError, match="--layout=addp: no token_predictor and no tokenizer in .*--weights=PATH"):
+    with pytest.raises(errors.UserError, match="layout=addp: no token_predictor and no tokenizer in .*--weights=PATH"):
         export(runs, tmp_path / "a.safetensors", paths=())
     assert not list(tmp_path.iterdir())
 
@@ -283,7 +284,7 @@ def test_a_run_starts_from_the_weights_it_is_given(tmp_path):
     """At the smallest learning rate it also ends with them. Other weights make it another run, wherever they are."""
     still = functools.partial(programs.config, "demo_judge", steps=1, eval_batches=1, optim__warmup_steps=0, optim__base_lr=1e-30)
     given, moved, ended = (str(tmp_path / name) for name in ("given", "moved", "ended"))
-    run = program.create_training(still(), num_train=8)
+    run = create_training(still(), num_train=8)
     with jax.set_mesh(run.mesh):
         params = jax.tree.map(np.asarray, run.init(jax.random.key(5)).params)
     checkpoint.save_params(given, params, {})

@@ -10,6 +10,7 @@ import test_reconstruction
 
 from addp_jax import partition
 from addp_jax.models import discriminator, perceptual
+from addp_jax.weights import torch_nets
 
 SIZE = 16  # pixels
 LPIPS_AGREEMENT = 1e-4  # relative
@@ -68,7 +69,7 @@ def test_sizes_that_do_not_halve_to_four_are_refused(size):
 
 
 def test_every_parameter_has_a_layout(params):
-    partition.shardings({"discriminator": params}, partition.make_mesh(partition.Config()))
+    partition.shardings({"discriminator": params}, partition.make_mesh(partition.Config()), discriminator.LAYOUT)
 
 
 def test_images_do_not_influence_each_other(params):
@@ -109,7 +110,7 @@ def test_vgg_convolutions_are_torchvisions(vgg_arrays):
         windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (2, 3))
         hidden = np.einsum("bchwij,ocij->bohw", windows, vgg_arrays[f"features.{index}.weight"])
         hidden = np.maximum(hidden + vgg_arrays[f"features.{index}.bias"][None, :, None, None], 0)
-    params = perceptual.params_from_torchvision(vgg_arrays)
+    params = torch_nets.vgg16_params(vgg_arrays)
     stages = jax.jit(perceptual.Vgg16().apply)({"params": params}, image)
     np.testing.assert_allclose(stages[0].transpose(0, 3, 1, 2), hidden, atol=1e-4)
     assert [stage.shape[1:] for stage in stages] == [(16, 16, 4), (8, 8, 4), (4, 4, 6), (2, 2, 8), (1, 1, 8)]
@@ -117,13 +118,13 @@ def test_vgg_convolutions_are_torchvisions(vgg_arrays):
 
 def test_vgg_entries_must_be_there_and_fit(vgg_arrays):
     with pytest.raises(KeyError, match="features.28.bias"):
-        perceptual.params_from_torchvision({name: v for name, v in vgg_arrays.items() if name != "features.28.bias"})
+        torch_nets.vgg16_params({name: v for name, v in vgg_arrays.items() if name != "features.28.bias"})
     with pytest.raises(ValueError, match="features.5.bias"):
-        perceptual.params_from_torchvision({**vgg_arrays, "features.5.bias": np.zeros(3, np.float32)})
+        torch_nets.vgg16_params({**vgg_arrays, "features.5.bias": np.zeros(3, np.float32)})
 
 
 def test_perceptual_distance_grows_with_the_damage(vgg_arrays):
-    params = perceptual.params_from_torchvision(vgg_arrays)
+    params = torch_nets.vgg16_params(vgg_arrays)
     image, noise = images(2), jax.random.normal(jax.random.key(1), (2, SIZE, SIZE, 3))
     distance = jax.jit(perceptual.distance)
     same, near, far = (distance(params, image, image + scale * noise) for scale in (0.0, 0.02, 0.3))
@@ -132,7 +133,7 @@ def test_perceptual_distance_grows_with_the_damage(vgg_arrays):
 
 
 def test_perceptual_distance_has_a_finite_gradient_at_zero(vgg_arrays):
-    params = perceptual.params_from_torchvision(vgg_arrays)
+    params = torch_nets.vgg16_params(vgg_arrays)
     image = jnp.zeros((1, SIZE, SIZE, 3))
     gradient = jax.jit(jax.grad(lambda other: perceptual.distance(params, image, other).sum()))(image)
     assert jnp.isfinite(gradient).all()
@@ -154,6 +155,6 @@ def test_lpips_agrees_with_torch_fidelity():
             arrays |= {f"features.{index}.weight": (width, inputs, 3, 3), f"features.{index}.bias": (width,)}
             inputs = width
     arrays = {name: lpips_draw(name, shape) for name, shape in arrays.items()}
-    params = perceptual.params_from_torchvision(arrays)
-    distance = jax.jit(perceptual.lpips)(params, perceptual.lpips_from_torch(arrays), *test_reconstruction.pairs())
+    params = torch_nets.vgg16_params(arrays)
+    distance = jax.jit(perceptual.lpips)(params, torch_nets.lpips_weights(arrays), *test_reconstruction.pairs())
     np.testing.assert_allclose(distance, [0.0004976266645826399, 0.007274126634001732], rtol=LPIPS_AGREEMENT)

@@ -7,9 +7,8 @@ import test_inception
 from safetensors.numpy import save_file
 
 from addp_jax import errors, parameters
-from addp_jax.data import features
-from addp_jax.models import convnet, inception, layers, pixel_to_token, vit
-from addp_jax.weights import checkpoint
+from addp_jax.models import convnet, layers, pixel_to_token, vit
+from addp_jax.weights import checkpoint, feature_nets, torch_nets
 
 CONVNET = dict(image_size=16, patch_size=2, channels=8, multipliers=(1, 2), num_groups=4, num_classes=8)
 BLOCKS = dict(width=16, depth=1, heads=2)
@@ -17,7 +16,7 @@ SAME = 1e-4  # of the largest value
 
 
 def load(features_path, mesh, weights=""):
-    return features.load(str(features_path), str(weights), mesh, "--features", "--weights")
+    return feature_nets.load(str(features_path), str(weights), mesh, "--features", "--weights")
 
 
 def pictures(count, size=16):
@@ -29,14 +28,14 @@ def test_inception_is_read_from_its_pytorch_names(tmp_path, mesh):
     save_file(arrays | {"AuxLogits.conv0.bn.num_batches_tracked": np.zeros(1)}, tmp_path / "weights.safetensors")
     net = load("inception", mesh, tmp_path / "weights.safetensors")
     assert (net.name, net.size) == ("inception", 0)
-    assert net.weights == parameters.content_hash(inception.params_from_torch(arrays))
+    assert net.weights == parameters.content_hash(torch_nets.inception_params(arrays))
 
 
 def test_files_that_are_no_inception_are_one_line(tmp_path, mesh):
     save_file({"fc.weight": np.zeros((2, 2), np.float32)}, tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("text")
     for name in ("other", "text", "none"):
-        with pytest.raises(errors.UserError, match=f"--weights: .*{name}.safetensors.*pt_inception-2015-12-05") as caught:
+        with pytest.raises(errors.UserError, match=f"weights: .*{name}.safetensors.*pt_inception-2015-12-05") as caught:
             load("inception", mesh, tmp_path / f"{name}.safetensors")
         assert "\n" not in str(caught.value)
 

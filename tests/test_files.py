@@ -17,9 +17,9 @@ import pytest
 from flax import serialization
 from safetensors import numpy as safetensors_numpy
 
-from addp_jax import errors, files
+from addp_jax import errors
 from addp_jax.codecs import vqgan
-from addp_jax.weights import convert, pytorch
+from addp_jax.weights import convert, pytorch, weight_files
 
 CONFIG = vqgan.Config(8, 4, (1, 2), num_res_blocks=1, num_codes=6, code_width=3, num_groups=2)
 
@@ -207,7 +207,7 @@ def assert_same(found, expected):
 def test_floats_of_any_width_become_float32(tmp_path, dtype):
     state = {name: array.astype(dtype) for name, array in tensors().items()}
     safetensors_numpy.save_file(state, tmp_path / "a.safetensors")
-    assert_same(files.read(str(tmp_path / "a.safetensors")), state)
+    assert_same(weight_files.read(str(tmp_path / "a.safetensors")), state)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
@@ -216,13 +216,13 @@ def test_pytorch_floats_of_any_width_become_float32(torch, tmp_path, dtype, zipp
     state = {name: tensor.to(getattr(torch, dtype)) for name, tensor in torch_state().items()}
     content = {"model": state, "epoch": 3, "args": argparse.Namespace(lr=0.1), "optimizer": {"state": {}}}
     torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
-    assert_same(files.read(str(tmp_path / "a.pth")), {name: tensor.float().numpy() for name, tensor in state.items()})
+    assert_same(weight_files.read(str(tmp_path / "a.pth")), {name: tensor.float().numpy() for name, tensor in state.items()})
 
 
 def test_pytorch_parameters_and_transposed_tensors_are_read_as_they_are_seen(torch, tmp_path):
     state = {"a": torch.nn.Parameter(torch.rand(2, 3)), "b": torch.rand(4, 5).T}
     torch.save(state, tmp_path / "a.pth")
-    assert_same(files.read(str(tmp_path / "a.pth")), {name: tensor.detach().numpy() for name, tensor in state.items()})
+    assert_same(weight_files.read(str(tmp_path / "a.pth")), {name: tensor.detach().numpy() for name, tensor in state.items()})
 
 
 @pytest.mark.parametrize("extension", [".safetensors", ".pth"])
@@ -230,8 +230,8 @@ def test_what_is_written_is_read_back_and_others_may_read_it(request, tmp_path, 
     if extension == ".pth":
         request.getfixturevalue("torch")
     path = str(tmp_path / f"a{extension}")
-    files.write(path, tensors(), "model")
-    assert_same(files.read(path), tensors())
+    weight_files.write(path, tensors(), "model")
+    assert_same(weight_files.read(path), tensors())
     (tmp_path / "plain").write_text("")
     assert os.stat(path).st_mode == (tmp_path / "plain").stat().st_mode
 
@@ -246,7 +246,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(request, tmp_path, extensi
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # as a disk with 10 kB left
     try:
         with pytest.raises(errors.UserError, match=f"cannot write {path}.*is the disk full"):
-            files.write(str(path), tensors(), "model")
+            weight_files.write(str(path), tensors(), "model")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
@@ -255,7 +255,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(request, tmp_path, extensi
 def test_a_file_that_the_disk_has_no_room_for_is_not_begun(tmp_path):
     huge = {"a": np.broadcast_to(np.float32(0), (10**6, 10**9))}
     with pytest.raises(errors.UserError, match="needs 4000000000 MB, and its disk has"):
-        files.write(str(tmp_path / "a.safetensors"), huge, "")
+        weight_files.write(str(tmp_path / "a.safetensors"), huge, "")
     assert not list(tmp_path.iterdir())
 
 
@@ -264,5 +264,5 @@ def test_a_file_that_the_disk_has_no_room_for_is_not_begun(tmp_path):
 def test_outputs_that_cannot_be_are_refused(tmp_path, name, message):
     (tmp_path / "there.safetensors").write_text("")
     with pytest.raises(errors.UserError, match=message):
-        files.check_output(str(tmp_path / name), force=False)
-    files.check_output(str(tmp_path / "there.safetensors"), force=True)
+        weight_files.check_output(str(tmp_path / name), force=False)
+    weight_files.check_output(str(tmp_path / "there.safetensors"), force=True)

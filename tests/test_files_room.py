@@ -75,7 +75,7 @@ def test_home_folder(monkeypatch):
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / "taken").write_text("")
-    with pytest.raises(errors.UserError, match="--output: cannot write to .*taken"):
+    with pytest.raises(errors.UserError, match="output: cannot write to .*taken"):
         files.require_writable(tmp_path / "taken" / "out", "--output")
     files.require_writable(tmp_path / "new" / "out", "--output")
     assert pathlib.Path(tmp_path / "new" / "out").is_dir() and not os.listdir(tmp_path / "new" / "out")

@@ -8,7 +8,8 @@ import pytest
 from flax import serialization
 from safetensors import numpy as safetensors_numpy
 
-from addp_jax import errors, files
+from addp_jax import errors
+from addp_jax.weights import weight_files
 
 STATE = {f"layer.{i}.weight": np.random.default_rng(i).normal(size=(3, i + 2)).astype(np.float32) for i in range(4)}
 KINDS = {"safetensors": "a.safetensors", "zip": "a.pth", "older": "b.pth", "msgpack": "a.msgpack"}
@@ -56,7 +57,7 @@ def try_mutants(tmp_path, kind: str, seeds) -> None:
     for seed in seeds:
         path.write_bytes(mutant(sound(kind), np.random.default_rng(seed)))
         try:
-            found = {name: np.asarray(tensor) for name, tensor in files.read(str(path)).items()}
+            found = {name: np.asarray(tensor) for name, tensor in weight_files.read(str(path)).items()}
         except errors.UserError as error:
             text = str(error)
             assert str(path) in text and text.isprintable() and len(text) < 500, (seed, text)

@@ -27,7 +27,7 @@ def layouts(name: str) -> str:
     found = collections.Counter()
     for path, leaf in leaves:
         path = partition.path_name(path)
-        spec = partition.parameter_spec("/" + path, leaf.shape, MESH)
+        spec = partition.parameter_spec("/" + path, leaf.shape, MESH, task.layout)
         found[re.sub(r"_\d+", "_N", path) + "  " + " ".join(axis or "-" for axis in spec)] += 1
     return "".join(f"{line}{f'  x{count}' if count > 1 else ''}\n" for line, count in sorted(found.items()))
 

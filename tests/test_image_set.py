@@ -115,5 +115,5 @@ def test_the_hash_of_a_part_of_an_npz_says_which_part(tmp_path, monkeypatch):
     digest = lambda limit: image_set.ImageSet(str(tmp_path / "images.npz"), limit, "--real").content_hash
     whole, part = digest(0), digest(4)
     assert whole == digest(10) != part
-    monkeypatch.setattr(image_set.pipeline, "spread", lambda total, size: np.arange(size))
+    monkeypatch.setattr(image_set.part, "spread", lambda total, size: np.arange(size))
     assert digest(4) != part

@@ -23,7 +23,8 @@ LAYERS = (
     {"codecs"},
     {"logs"},
     {"pictures"},
-    {"diffusion", "partition", "processes", "ops", "parameters", "schema"},
+    {"diffusion", "partition", "processes", "ops", "parameters"},
+    {"schema"},
     {"files"},
     {"errors"},
 )
@@ -49,7 +50,7 @@ HOMES = {
     "torchvision": (),
 }
 IN_FUNCTIONS_ONLY = ("torch", "libtpu")
-FILE_LINES, FUNCTION_LINES = 400, 60
+FILE_LINES, FUNCTION_LINES, TOP_MODULES = 300, 50, 14
 
 
 @functools.cache
@@ -145,9 +146,9 @@ def test_the_package_knows_no_config_file():
     assert not [(path, name) for path in PACKAGE for name in imports(path) if within(name, "configs")]
 
 
-def test_config_files_import_each_other_and_ml_collections_only():
+def test_config_files_import_each_other_the_package_and_ml_collections_only():
     found = [(path, name) for path in CONFIGS for name in imports(path)]
-    assert not [(path, name) for path, name in found if name.split(".")[0] not in ("configs", "ml_collections")]
+    assert not [(path, name) for path, name in found if name.split(".")[0] not in ("configs", "addp_jax", "ml_collections", "dataclasses")]
 
 
 def test_no_field_of_a_config_is_asked_for_with_a_default():

@@ -8,6 +8,7 @@ import programs
 import pytest
 
 from addp_jax.models import inception
+from addp_jax.weights import torch_nets
 
 AGREEMENT = 1e-3  # of the largest feature
 LEAST_FEATURES = {"pool": 256, "logits": 126, "spatial": 127}  # every 8th or 16th of two images
@@ -45,7 +46,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def features():
-    params = inception.params_from_torch(random_weights())
+    params = torch_nets.inception_params(random_weights())
     return jax.jit(lambda image: inception.Inception().apply({"params": params}, image))(images())
 
 
@@ -75,10 +76,10 @@ def test_weights_that_do_not_fit_are_named():
     arrays = {name: np.broadcast_to(np.float32(1), array.shape) for name, array in random_weights().items()}
     broken = arrays | {"Mixed_6c.branch_pool.conv.weight": arrays["Mixed_5b.branch_pool.conv.weight"]}
     with pytest.raises(ValueError, match="Mixed_6c.branch_pool.conv.weight has shape"):
-        inception.params_from_torch(broken)
+        torch_nets.inception_params(broken)
     del arrays["Mixed_7c.branch3x3_2a.bn.running_var"]
     with pytest.raises(KeyError, match="no entry Mixed_7c.branch3x3_2a.bn.running_var"):
-        inception.params_from_torch(arrays)
+        torch_nets.inception_params(arrays)
 
 
 def test_number_of_parameters():

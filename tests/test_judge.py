@@ -27,7 +27,6 @@ def workdir(tmp_path_factory):
             task="convnet", model={"net": NET}, seed=0, batch_size=8, epochs=0.0, steps=2, dtype="float32",
             log_every=1, eval_every=2, eval_batches=1, data=pipeline.Config(num_train=64, num_eval=24, threads=0),
             optim=optim.Config(warmup_steps=1), mesh=partition.Config(), checkpoint=checkpoint.Config(every=2),
-            generate={}, predict={}, robustness={},
         ),
         path,
     )  # fmt: skip

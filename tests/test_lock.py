@@ -17,7 +17,7 @@ from addp_jax.weights import lock
 
 HOLD = """
 import os, sys, time
-from addp_jax import lock
+from addp_jax.weights import lock
 with lock.hold(sys.argv[1]):
     child = os.fork() if len(sys.argv) > 2 else 1
     if child:
@@ -43,7 +43,7 @@ def write(workdir, **fields):
     (workdir / lock.NAME).write_text(json.dumps(record | fields))
 
 
-def refused(workdir, name="--workdir"):
+def refused(workdir, name="workdir"):
     with pytest.raises(errors.UserError) as caught, lock.hold(workdir, name):
         pass
     return str(caught.value)
@@ -59,7 +59,7 @@ def test_a_second_start_is_refused_until_the_first_ends(tmp_path):
     with holder(tmp_path) as (process, _):
         expected = (
             rf"{tmp_path}: a run is at work here \(process {process.pid} on {socket.gethostname()} since 20.*\); "
-            "wait for it, stop it, or use another --workdir"
+            "wait for it, stop it, or use another workdir"
         )
         assert re.fullmatch(expected, refused(tmp_path))
         process.send_signal(signal.SIGSTOP)
@@ -139,7 +139,7 @@ def test_the_heart_beats(tmp_path, monkeypatch):
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("elsewhere", path)])
 def test_what_cannot_be_a_lock_is_named(tmp_path, make):
     make(tmp_path / lock.NAME)
-    assert refused(tmp_path) == f"--workdir: cannot lock {tmp_path}/lock: not a regular file; delete it"
+    assert refused(tmp_path) == f"workdir: cannot lock {tmp_path}/lock: not a regular file; delete it"
 
 
 def test_folders_that_cannot_be_are_named(tmp_path):
@@ -150,7 +150,7 @@ def test_folders_that_cannot_be_are_named(tmp_path):
 
 MEMBER = """
 import sys
-from addp_jax import errors, lock, processes
+from addp_jax import errors, processes; from addp_jax.weights import lock
 processes.start(sys.argv[2], 2, int(sys.argv[3]), interruptible=False)
 try:
     with lock.hold(sys.argv[1]):

@@ -114,7 +114,7 @@ def test_disabled_writer_writes_nothing(tmp_path, capfd):
 
 def test_unwritable_work_directory_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(errors.UserError, match="cannot write to --workdir .*/file/run"):
+    with pytest.raises(errors.UserError, match="cannot write to workdir .*/file/run"):
         logs.Writer(tmp_path / "file" / "run")
 
 
@@ -123,7 +123,7 @@ def test_full_disk_is_a_clear_error_and_not_a_hang(tmp_path):
     writer._log.close()
     writer._log = open("/dev/full", "w")
     for finish in (lambda: writer.scalars(1, {"loss": 1.0}), writer.close):
-        with pytest.raises(errors.UserError, match="cannot write to --workdir .*: No space left on device"):
+        with pytest.raises(errors.UserError, match="cannot write to workdir .*: No space left on device"):
             finish()
 
 
@@ -249,7 +249,7 @@ def test_a_log_that_cannot_be_read_is_named(make, tmp_path):
     with pytest.raises(errors.UserError, match="cannot read .*log.jsonl: "):
         logs.curves(path, tmp_path / "curves.png")
     if make != "absent":
-        with pytest.raises(errors.UserError, match="cannot write to --workdir"):
+        with pytest.raises(errors.UserError, match="cannot write to workdir"):
             logs.Writer(tmp_path, start_step=1)
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from addp_jax.data import features
 from addp_jax.measuring import measure
 from addp_jax.models import convnet
-from addp_jax.weights import checkpoint
+from addp_jax.weights import checkpoint, feature_nets
 
 NET = dict(image_size=16, patch_size=2, channels=8, multipliers=(1, 2), num_groups=4, num_classes=8)
 SAME = 1e-4  # relative; float32 features of the same images in other batches
@@ -116,7 +116,7 @@ def colours(params, image):
 
 def test_adm_uses_the_given_moments(tmp_path, capsys, monkeypatch):
     """With a reference .npz of ADM's form, FID and sFID are against its moments, not against its images."""
-    monkeypatch.setattr(features, "load", lambda *a: features.FeatureNet("inception", {}, colours, 0, a[2]))
+    monkeypatch.setattr(features, "load", lambda *a: feature_nets.FeatureNet("inception", {}, colours, 0, a[2]))
     rng = np.random.default_rng(0)
     moments = {"mu": rng.normal(size=3), "sigma": np.zeros((3, 3)), "mu_s": rng.normal(size=6), "sigma_s": np.zeros((6, 6))}
     real, samples = archive(tmp_path / "virtual.npz", arr_0=pictures(9), **moments), pictures(8, 1)

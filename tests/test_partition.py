@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from addp_jax import errors, partition, program, schema
 from addp_jax.codecs import vqgan
-from addp_jax.models import discriminator, pixel_to_token, token_predictor
+from addp_jax.models import discriminator, pixel_to_token, token_predictor, vit
 from addp_jax.tasks import addp
 
 CUBE = AbstractMesh((2, 2, 2), partition.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
@@ -116,9 +116,10 @@ def test_constrain_needs_a_name_for_each_dimension():
         partition.constrain(jnp.zeros((8, 2, 2)), "batch", "length")
 
 
-def test_constrain_needs_a_mesh():
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())), pytest.raises(ValueError, match="no mesh"):
-        partition.constrain(jnp.zeros((8, 2)), "batch", "length")
+def test_constrain_does_nothing_without_a_mesh():
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        array = jnp.zeros((8, 2))
+        assert partition.constrain(array, "batch", "length") is array
 
 
 def test_constrain_splits_the_batch_over_data_and_fsdp():
@@ -131,28 +132,38 @@ def test_constrain_splits_the_batch_over_data_and_fsdp():
 
 def test_a_parameter_without_a_row_is_an_error():
     with pytest.raises(ValueError, match="no entry for /net/surprise"):
-        partition.shardings({"net": {"surprise": np.zeros((4, 4))}}, CUBE)
+        partition.shardings({"net": {"surprise": np.zeros((4, 4))}}, CUBE, vit.LAYOUT)
 
 
 def test_a_row_of_another_rank_is_an_error():
     with pytest.raises(ValueError, match="names 1 axes.*the shape is"):
-        partition.shardings({"net": {"class_token": np.zeros((1, 4))}}, CUBE)
+        partition.shardings({"net": {"class_token": np.zeros((1, 4))}}, CUBE, vit.LAYOUT)
 
 
 def test_a_dimension_that_does_not_divide_names_the_mesh_and_the_parameter():
     with pytest.raises(errors.UserError, match="config.mesh: /token_embed has 7 along 'width', not divisible by fsdp=2"):
-        partition.shardings({"token_embed": np.zeros((5, 7))}, CUBE)
+        partition.shardings({"token_embed": np.zeros((5, 7))}, CUBE, token_predictor.LAYOUT)
 
 
 def test_scalars_are_replicated():
-    assert partition.shardings({"count": np.zeros(())}, CUBE)["count"].spec == P()
+    assert partition.shardings({"count": np.zeros(())}, CUBE, ())["count"].spec == P()
+
+
+LAYOUTS = {
+    "pixel_to_token": pixel_to_token.LAYOUT, "token_predictor": token_predictor.LAYOUT, "tokenizer": vqgan.LAYOUT,
+    "discriminator": discriminator.LAYOUT,
+}  # fmt: skip
+
+
+def layout_of(path: str):
+    return LAYOUTS[path.split("/")[0]]
 
 
 @pytest.mark.parametrize("name", ["vitb", "vitl"])
 def test_every_parameter_of_full_size_has_one_row_that_fits(name):
     for path, shape in shapes(name).items():
-        partition.parameter_spec("/" + path, shape, CUBE)
-        rows = [names for pattern, names in partition.PARAMETERS if re.fullmatch(pattern, "/" + path)]
+        partition.parameter_spec("/" + path, shape, CUBE, layout_of(path))
+        rows = [names for pattern, names in layout_of(path) if re.fullmatch(pattern, "/" + path)]
         assert [len(names) for names in rows].count(len(shape)) == 1, path
 
 
@@ -160,13 +171,14 @@ def test_every_parameter_of_full_size_has_one_row_that_fits(name):
 def test_no_large_transformer_parameter_is_replicated(name):
     for path, shape in shapes(name).items():
         if path.startswith(("pixel_to_token", "token_predictor")) and np.prod(shape) >= LARGE:
-            assert "fsdp" in partition.parameter_spec("/" + path, shape, CUBE), path
+            assert "fsdp" in partition.parameter_spec("/" + path, shape, CUBE, layout_of(path)), path
 
 
-def test_every_row_of_the_table_is_of_use():
-    paths = ["/" + path for path in shapes("vitb")]
-    first = {next(pattern for pattern, _ in partition.PARAMETERS if re.fullmatch(pattern, path)) for path in paths}
-    assert first == {pattern for pattern, _ in partition.PARAMETERS}
+@pytest.mark.parametrize("network", LAYOUTS)
+def test_every_row_of_a_layout_is_of_use(network):
+    paths = ["/" + path for path in shapes("vitb") if path.startswith(network)]
+    used = {next(pattern for pattern, _ in LAYOUTS[network] if re.fullmatch(pattern, path)) for path in paths}
+    assert used == {pattern for pattern, _ in LAYOUTS[network]}
 
 
 @pytest.mark.parametrize("name, platform, dtype", [("auto", "cpu", "float32"), ("bfloat16", "cpu", "bfloat16")])

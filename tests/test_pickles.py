@@ -17,13 +17,13 @@ from msgpack import ExtType, packb
 from safetensors import numpy as safetensors_numpy
 from test_files import BIAS, CODEBOOK, Command, assert_same, rezipped, save, tensors, torch_state
 
-from addp_jax import errors, files
-from addp_jax.weights import layouts, pickles
+from addp_jax import errors
+from addp_jax.weights import layouts, pickles, weight_files
 
 SECONDS = 5  # within which everything hostile is refused
 
 
-def refused(path, read=files.read) -> str:
+def refused(path, read=weight_files.read) -> str:
     start = time.monotonic()
     with pytest.raises(errors.UserError) as caught:
         read(str(path))
@@ -175,11 +175,11 @@ def test_views_and_attributes_of_tensors(torch, tmp_path):
     assert "a negative or conjugate view" in refused(tmp_path / "a.pth")
     state[BIAS].numel = 5
     save(state)(tmp_path / "b.pth")
-    assert_same(files.read(str(tmp_path / "b.pth")), tensors())
+    assert_same(weight_files.read(str(tmp_path / "b.pth")), tensors())
     base = torch.arange(24.0).reshape(4, 6)
     views = {"rows": base[1:3], "columns": base[:, 2:4], "transposed": base.T, "scalar": base[2, 3]}
     save(views)(tmp_path / "c.pth")
-    assert_same(files.read(str(tmp_path / "c.pth")), {name: view.numpy() for name, view in views.items()})
+    assert_same(weight_files.read(str(tmp_path / "c.pth")), {name: view.numpy() for name, view in views.items()})
 
 
 def lightning_class(module):
@@ -199,15 +199,15 @@ def test_what_stands_beside_the_tensors_is_passed_over(torch, tmp_path, zipped, 
         "arguments": argparse.Namespace(lr=0.1), "array": np.arange(5), "optimizer": {"state": {0: {"step": torch.ones(2)}}},
     }[beside]  # fmt: skip
     torch.save({"state_dict": torch_state(), "x": content, kind: 1}, tmp_path / "a.ckpt", _use_new_zipfile_serialization=zipped)
-    assert_same(files.read(str(tmp_path / "a.ckpt")), tensors())
+    assert_same(weight_files.read(str(tmp_path / "a.ckpt")), tensors())
 
 
 def test_pytorch_files_need_no_pytorch(torch, tmp_path, monkeypatch):
     save({"model": torch_state()})(tmp_path / "a.bin")
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert_same(files.read(str(tmp_path / "a.bin")), tensors())
+    assert_same(weight_files.read(str(tmp_path / "a.bin")), tensors())
     with pytest.raises(errors.UserError, match="needs PyTorch to be written: pip install torch"):
-        files.check_output(str(tmp_path / "b.pth"), False)
+        weight_files.check_output(str(tmp_path / "b.pth"), False)
 
 
 # --- where the tensors stand ------------------------------------------------------------------------
@@ -231,14 +231,14 @@ def test_dicts_around_the_tensors_are_opened(tmp_path, wrappers):
     for key in reversed(wrappers):
         tree = {key: tree, "epoch": 3}
     (tmp_path / "a.msgpack").write_bytes(serialization.msgpack_serialize(tree))
-    assert_same(files.read(str(tmp_path / "a.msgpack")), tensors())
+    assert_same(weight_files.read(str(tmp_path / "a.msgpack")), tensors())
 
 
 @pytest.mark.parametrize("key", ["model_ema", "ema", "state_dict_ema"])
 def test_raw_tensors_are_read_and_averaged_ones_told(tmp_path, capsys, key):
     tree = {"model": tensors(), key: {name: array + 1 for name, array in tensors().items()}}
     (tmp_path / "a.msgpack").write_bytes(serialization.msgpack_serialize(tree))
-    assert_same(files.read(str(tmp_path / "a.msgpack")), tensors())
+    assert_same(weight_files.read(str(tmp_path / "a.msgpack")), tensors())
     assert f"holds averaged tensors as well ({key}); the raw ones are read" in capsys.readouterr().out
 
 

@@ -4,12 +4,11 @@ import json
 import os
 import subprocess
 import sys
-import types
 
 import programs
 import pytest
 
-from addp_jax import errors
+from addp_jax import errors, partition
 from addp_jax.planning import compile_only, plan, topologies
 
 GIB = 2**30
@@ -85,7 +84,7 @@ def test_a_memory_time_that_is_longer_than_the_bound_is_told(answer, capsys):
     plan.plan(fields(), REQUEST)
     out = capsys.readouterr().out
     assert "100 ms, bound by compute (compute 100 ms, HBM 163 ms" in out
-    assert "longest is HBM, 163 ms, of this O0 program; --level=default" in out
+    assert "longest is HBM, 163 ms, of this O0 program; level default" in out
 
 
 @pytest.mark.parametrize("change, longest, bound", [
@@ -101,10 +100,12 @@ def test_the_longest_time_is_named_beside_the_bound(change, longest, bound, answ
     assert ("longest is" in capsys.readouterr().out) == (longest != bound)
 
 
-def test_a_task_that_trains_on_computed_features_is_not_planned():
-    run = types.SimpleNamespace(task=types.SimpleNamespace(open_source=None), config=types.SimpleNamespace(task="linear_probe"))
-    with pytest.raises(errors.UserError, match="config.task: linear_probe trains on features"):
-        compile_only.training(run)
+def test_a_task_that_trains_on_computed_features_is_planned_without_them():
+    fields = programs.fields("demo_probe").to_dict()
+    run = compile_only.build(fields, partition.make_mesh(partition.Config(), jax.devices()[:1]))
+    _, (_, frozen, batch), sizes = compile_only.training(run, fields)
+    assert {name: leaf.shape for name, leaf in batch.items()} == {"features": (8, 16), "label": (8,)}
+    assert sizes["batch_size"] == 8 and jax.tree.leaves(frozen)
 
 
 @pytest.mark.parametrize("change, words", [

@@ -141,14 +141,14 @@ def test_an_output_that_cannot_be_written_or_lies_among_the_images_is_refused_at
 
 
 def test_what_cannot_be_predicted_is_refused(program, workdir, tmp_path):
-    with pytest.raises(errors.UserError, match="config.predict.format: 'csv'; use npz or array_record"):
+    with pytest.raises(ValueError, match="format: 'csv'; use npz or array_record"):
         predict.Config(format="csv")
     with pytest.raises(errors.UserError, match="config.predict.images is empty"):
         predict.predict(program, predict.Config(), workdir)
     with pytest.raises(errors.UserError, match="config.predict.images: no images"):
         predict.predict(program, predict.Config(str(tmp_path)), workdir)
     tokenizer = create_training(programs.config("demo_tokenizer"), num_train=64)
-    with pytest.raises(errors.UserError, match="config.task: tokenizer has no features"):
+    with pytest.raises(errors.UserError, match="config.task: tokenizer does not have features of images; use addp or"):
         predict.write_features(tokenizer, predict.Config(str(tmp_path)), workdir)
 
 

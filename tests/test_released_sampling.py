@@ -25,7 +25,7 @@ RUNS = {
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def one_step(params, config, capacity, carry, at, score_noise):
     addp = pixel_to_token.PixelToToken(released.ADDP)
-    nets = alternating.bind(addp, params[0], vqgan.codec(vqgan.Tokenizer(released.TOKENIZER), params[1]))
+    nets = samplers.bind(pixel_to_token.bind(addp, params[0]), vqgan.codec(vqgan.Tokenizer(released.TOKENIZER), params[1]))
     token_noise = jnp.zeros((*carry.mask.shape, released.ADDP.num_codes))  # no noise: the most probable code
     after = alternating.step(nets, config, capacity, carry, at, samplers.Noise(token_noise, score_noise))
     return after, nets.predict(carry.image, carry.token_ids, carry.mask, capacity)
@@ -64,7 +64,7 @@ def test_trajectory_agrees(name):
             expected = gold["logits_at_pos"][index // 6]
             found = np.asarray(logits)[:, gold["logits_pos"][:2]]
             assert np.abs(found - expected).max() <= LOGITS * np.abs(expected).max()
-    png = np.asarray(samplers.to_uint8(carry.image))[:, ::4, ::4].astype(int)
+    png = np.asarray(images.to_uint8(carry.image))[:, ::4, ::4].astype(int)
     assert np.abs(png - gold["final_png"]).max() <= 1
     assert (png == gold["final_png"]).mean() > 0.999
     assert steps[-1][1].step == config.steps - 1 and len(steps) >= config.steps - 1

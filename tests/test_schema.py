@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from addp_jax import errors, schema
 
 
-@dataclasses.dataclass(frozen=True)
+@schema.config
 class Inner:
     path: str
     betas: tuple[float, ...] = (0.9, 0.95)
@@ -125,7 +125,7 @@ def test_a_tuple_of_fixed_length_has_that_length(betas):
         schema.build(Pair, {"betas": betas})
 
 
-@dataclasses.dataclass(frozen=True)
+@schema.config
 class Ranged:
     share: float = schema.field(0.5, above=0, most=1)
     rate: float = schema.field(0.1, least=0, below=1, matters=schema.TRAINING)

@@ -25,7 +25,7 @@ def test_slices_multiply_the_chips():
 
 @pytest.mark.parametrize("text", ["", "v9:2x2", "v5e", "v5e:3", "v5e-12", "v4-7", "v5e:0x4", "v4:4x4", "h100x12", "h100:8x8", "v5e:2x2x2"])
 def test_a_name_that_is_none_says_what_would_be(text):
-    with pytest.raises(errors.UserError, match=f"--topology={text}: "):
+    with pytest.raises(errors.UserError, match=f"topology={text}: "):
         topologies.parse(text)
     with pytest.raises(errors.UserError):
         topologies.parse("v5e:2x2", 0)

@@ -23,14 +23,14 @@ class Codec(NamedTuple):
     codebook: jax.Array  # [K,Z]
 
 
-@dataclasses.dataclass(frozen=True)
+@schema.config
 class Config(schema.Named):
     """What every codec has."""
 
     PACKAGE = __name__
 
-    image_size: int = schema.field(256, least=1)  # pixels
-    num_codes: int = schema.field(1024, least=1)  # K
+    image_size: int = schema.field(256, least=1, tiny=16)  # pixels
+    num_codes: int = schema.field(1024, least=1, tiny=32)  # K
     name: str = "vqgan"  # a file in addp_jax/codecs
 
     @property

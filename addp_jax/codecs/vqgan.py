@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 
 import flax.linen as nn
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from addp_jax import codecs, errors, partition, schema
+from addp_jax import codecs, partition, schema
 from addp_jax.ops import winograd
 
 GROUP_NORM_EPS = 1e-6
@@ -21,29 +20,25 @@ LAYOUT = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@schema.config
 class Config(codecs.Config):
     """Each entry of `multipliers` is a resolution level; between levels the image shrinks by 2. MaskGIT's sizes."""
 
-    channels: int = schema.field(128, least=1)  # at full resolution
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # of the channels, per level
-    num_res_blocks: int = schema.field(2, least=1)  # per level
-    code_width: int = schema.field(256, least=1)  # Z
-    num_groups: int = schema.field(32, least=1)  # of every GroupNorm
-    codebook_scale: float = 1.0  # variance of the initial codes, times K; a larger one leaves fewer codes in use
+    channels: int = schema.field(128, least=1, tiny=8)  # at full resolution
+    multipliers: tuple[int, ...] = schema.field((1, 1, 2, 2, 4), least=1, tiny=(1, 2, 2))  # of the channels, per level
+    num_res_blocks: int = schema.field(2, least=1, tiny=1)  # per level
+    code_width: int = schema.field(256, least=1, tiny=8)  # Z
+    num_groups: int = schema.field(32, least=1, tiny=4)  # of every GroupNorm
+    codebook_scale: float = schema.field(1.0, above=0, matters=schema.TRAINING)  # variance of the initial codes, times K; a larger one leaves fewer codes in use
     name: str = "vqgan"
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
-            raise errors.UserError(
-                f"config.model: image_size={self.image_size} is not a multiple of {self.patch_size}, "
-                f"the pixels per token of {len(self.multipliers)} multipliers"
-            )
+            pixels = f"{self.patch_size}, the pixels per token of {len(self.multipliers)} multipliers"
+            raise ValueError(f"image_size: {self.image_size} is not a multiple of {pixels}")
         for multiplier in self.multipliers:
             if self.channels * multiplier % self.num_groups:
-                raise errors.UserError(
-                    f"config.model: num_groups={self.num_groups} does not divide {self.channels} x {multiplier} channels"
-                )
+                raise ValueError(f"num_groups: {self.num_groups} does not divide {self.channels} x {multiplier} channels")
 
     @property
     def patch_size(self) -> int:

@@ -10,7 +10,7 @@ import math
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from addp_jax import errors
+from addp_jax import schema
 from addp_jax.data import transforms
 
 LAYERS = 2  # operations drawn per image, with repetition
@@ -23,22 +23,13 @@ ERASED_RATIO = (0.3, 1 / 0.3)  # height / width
 ERASE_TRIES = 10
 
 
-@dataclasses.dataclass(frozen=True)
+@schema.config
 class Config:
     """Fields of `config.model.augment`."""
 
-    magnitude: float = 9.0  # of RandAugment, 0..10; 0 = off
-    magnitude_std: float = 0.5  # drawn anew for every operation
-    erase: float = 0.25  # share of the images with one erased box
-
-    def __post_init__(self):
-        if not 0 <= self.magnitude <= MOST or self.magnitude_std < 0:
-            raise errors.UserError(
-                f"config.model.augment: magnitude {self.magnitude} must lie in 0..{MOST:g}, "
-                f"magnitude_std {self.magnitude_std} must not be negative"
-            )
-        if not 0 <= self.erase <= 1:
-            raise errors.UserError(f"config.model.augment.erase: {self.erase}; use a fraction, 0 to 1")
+    magnitude: float = schema.field(9.0, least=0, most=MOST)  # of RandAugment; 0 = off
+    magnitude_std: float = schema.field(0.5, least=0)  # drawn anew for every operation
+    erase: float = schema.field(0.25, least=0, most=1)  # share of the images with one erased box
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,22 +18,22 @@ from addp_jax.data import part, sources, walk
 
 Transform = Callable[[dict, np.random.Generator], dict]
 
-@dataclasses.dataclass(frozen=True)
+@schema.config
 class Config:
     """Where the examples come from and how they are read."""
 
-    source: str = "shapes"  # a file in addp_jax/data/sources
+    source: str = schema.field("shapes", tiny="shapes")  # a file in addp_jax/data/sources
     # Folder; array_record: or a glob of shards; tfds: its data_dir. Where the data lies does not matter to a run: its content does.
-    path: str = schema.field("", matters=schema.NOTHING)
+    path: str = schema.field("", matters=schema.NOTHING, tiny="")
     name: str = ""  # tfds: name of the data set, such as imagenet2012
     train_split: str = schema.field("train", matters=schema.NOTHING)  # sub-folder, list or tfds split
     eval_split: str = schema.field("val", matters=schema.NOTHING)
     # Examples used, spread evenly over the source, so that every class keeps its share; 0 = all (shapes: 50,000 and 2,000).
-    num_train: int = schema.field(0, least=0)
-    num_eval: int = schema.field(0, least=0, matters=schema.NOTHING)
+    num_train: int = schema.field(0, least=0, tiny=64)
+    num_eval: int = schema.field(0, least=0, matters=schema.NOTHING, tiny=16)
     hold_out: bool = True  # of an image folder without splits, keep one image in twenty for evaluation
     # stop with the file's name | skip: take the next readable image (evaluation: leave it out), and say so
-    on_unreadable: str = schema.field("stop", matters=schema.NOTHING)
+    on_unreadable: str = schema.field("stop", choices=("stop", "skip"), matters=schema.NOTHING)
     crop_scale: tuple[float, float] = (0.2, 1.0)  # area of the random resized crop (release: main_pretrain.py)
     flip: bool = True  # horizontally, half of the training images
     max_objects: int = schema.field(1, least=1)  # shapes: objects per picture
@@ -41,14 +41,12 @@ class Config:
     # File with one class name per line, in the order of the labels; "" = as the source knows them.
     class_names: str = schema.field("", matters=schema.NOTHING)
     workers: int = schema.field(0, least=0, matters=schema.NOTHING)  # processes that decode; 0 = threads only
-    threads: int = schema.field(2, least=0, matters=schema.NOTHING)  # that read, per process
+    threads: int = schema.field(2, least=0, matters=schema.NOTHING, tiny=1)  # that read, per process
     prefetch: int = schema.field(4, least=0, matters=schema.NOTHING)  # batches held ready
 
     def __post_init__(self):
-        if self.on_unreadable not in ("stop", "skip"):
-            raise errors.UserError(f"config.data.on_unreadable: {self.on_unreadable!r}; use stop or skip")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise errors.UserError(f"config.data.crop_scale = {self.crop_scale} must be two rising fractions")
+            raise ValueError(f"crop_scale: {self.crop_scale}; use two rising fractions")
 
 
 def open_source(config: Config, split: str, image_size: int = 64) -> sources.Source:

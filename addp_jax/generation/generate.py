@@ -23,41 +23,36 @@ GIF_FRAMES = 40
 EDITS = 8, 4  # own images, and results of each, in edits.png
 
 
-@dataclasses.dataclass(frozen=True)
+@schema.config
 class Config:
     """Fields of `config.generate`."""
 
-    num_images: int = 64  # from nothing; of own images: all
-    batch_size: int = 64
+    num_images: int = schema.field(64, least=1, tiny=4)  # from nothing; of user images: all
+    batch_size: int = schema.field(64, least=1, tiny=4)  # over all devices
     seed: int = 0
-    output: str = ""  # folder; "" = <workdir>/generated
-    strips: int = 4  # film strips of the denoising steps
-    sweep: str = ""  # see addp_jax/sweep.py
-    images: str = ""  # folder of own images to edit; "" = from nothing
-    mask_ratio: float = 1.0  # tokens of an own image that are hidden and drawn anew
-    masks: str = ""  # for masks, margins and whole see data/own_images.py
-    margins: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    whole: bool = False
-    variants: int = 1  # results per own image
-    feather: int = 0  # pixels of the seam to the own image; 0 = nothing of the own image is put back
+    output: str = ""  # folder; "" = WORKDIR/generated, of a sweep WORKDIR/sweep. It goes on where it was stopped
+    strips: int = schema.field(4, least=0, tiny=2)  # film strips of the denoising steps
+    sweep: str = ""  # draw the first images with each of these settings of the sampler: "steps=8,20;temperature=1,6"
+    images: str = ""  # folder of user images to edit; "" = from nothing. What of them is drawn anew, one of:
+    mask_ratio: float = schema.field(1.0, least=0, most=1)  # this share of the tokens; 0 = none, the tokenizer's reconstruction
+    masks: str = ""  # what is white in the mask of the same name in this folder, or in this one file for all
+    margins: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # bands left, above, right, below; fractions of the canvas
+    whole: bool = False  # the bands around an image that is shrunk, not cropped, until it fits; margins beyond these
+    variants: int = schema.field(1, least=1)  # results per user image
+    feather: int = schema.field(0, least=0)  # pixels; above 0 the user's pixels come back, blended over so many
 
     def __post_init__(self):
-        for name, least in (("num_images", 1), ("batch_size", 1), ("variants", 1), ("feather", 0), ("strips", 0)):
-            if getattr(self, name) < least:
-                raise errors.UserError(f"config.generate.{name}: {getattr(self, name)}; use at least {least}")
-        if not 0 <= self.mask_ratio <= 1:
-            raise errors.UserError(f"config.generate.mask_ratio: {self.mask_ratio}; use a fraction from 0 to 1")
         changed = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default}
         given = changed & {"masks", "margins", "whole"}
         for name in ("mask_ratio", "masks", "margins", "whole", "variants", "feather"):
             if name in changed and not self.images:
-                raise errors.UserError(f"config.generate.{name} needs config.generate.images, a folder to start from")
+                raise ValueError(f"{name}: needs images, a folder to start from")
         if given and self.mask_ratio < 1:
-            raise errors.UserError("config.generate.mask_ratio: what is drawn anew is already said by masks, margins or whole")
+            raise ValueError("mask_ratio: what is drawn anew is already said by masks, margins or whole")
         if self.images and not given and self.mask_ratio == 1:
-            raise errors.UserError("config.generate.images needs what is drawn anew: mask_ratio below 1, masks, margins or whole")
+            raise ValueError("images: needs what is drawn anew: mask_ratio below 1, masks, margins or whole")
         if self.feather and not given:
-            raise errors.UserError("config.generate.feather needs masks, margins or whole: elsewhere no own pixels are left")
+            raise ValueError("feather: needs masks, margins or whole: elsewhere no user pixels are left")
 
 
 def make_starts(program, config: Config):

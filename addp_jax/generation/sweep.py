@@ -1,6 +1,6 @@
 """`--mode=generate` with `config.generate.sweep`: the same images drawn with several settings of the sampler, side by side.
 
-    --config.generate.sweep="steps=8,20,50;temperature=1,6"
+    config.generate.sweep = "steps=8,20,50;temperature=1,6"
 
 draws the first images with each of the six combinations. Any fields of `config.model.sampler`.
 """

@@ -34,7 +34,7 @@ class Judge:
         params, info = checkpoint.load_params(workdir, ema=True)
         identity = info["identity"]
         if "convnet" not in params or "model" not in identity:
-            raise errors.UserError(f"{workdir} is no run of the task convnet; train one with --config=configs/demo_judge.py")
+            raise errors.UserError(f"{workdir} is no run of the task convnet; train one with configs/demo_judge.py")
         self.net, self.params = feature_nets.convnet_of(workdir, params, identity)
         recorded = {name: value for name, value in identity["data"].items() if name not in ("classes", "content")}
         self.data = schema.build(pipeline.Config, recorded | identity["location"], "config.data")

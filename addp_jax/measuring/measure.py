@@ -1,4 +1,4 @@
-"""How far apart two sets of images are: `python -m addp_jax.measure --real=... --samples=...`; no config is needed.
+"""How far apart two sets of images are: `python -m addp_jax.measuring.measure --real=... --samples=...`; no config is needed.
 
 A set is a folder of images or an .npz with `arr_0`; `--real` may also be ADM's VIRTUAL_imagenet256_labeled.npz with its
 moments. What is printed and written is one JSON object: the measures, the protocol and where this run departs from it,

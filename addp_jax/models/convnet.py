@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
 from einops import rearrange, reduce
 
-from addp_jax import errors
+from addp_jax import schema
 
 GROUP_NORM_EPS = 1e-6
 LAYOUT = (
@@ -18,30 +17,27 @@ LAYOUT = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@schema.config
 class Config:
     """Each entry of `multipliers` is a resolution level; between them the image shrinks by 2, odd rows dropped."""
 
-    image_size: int = 64  # pixels
-    patch_size: int = 2  # pixels that the first convolution reads as one
-    channels: int = 16  # of the first level
-    multipliers: tuple[int, ...] = (1, 2, 4, 4)  # of the channels, per level
-    num_groups: int = 8  # of every GroupNorm
-    num_classes: int = 8  # C
+    image_size: int = schema.field(64, least=1, tiny=16)  # pixels
+    patch_size: int = schema.field(2, least=1)  # pixels that the first convolution reads as one
+    channels: int = schema.field(16, least=1, tiny=8)  # of the first level
+    multipliers: tuple[int, ...] = schema.field((1, 2, 4, 4), least=1, tiny=(1, 2))  # of the channels, per level
+    num_groups: int = schema.field(8, least=1, tiny=4)  # of every GroupNorm
+    num_classes: int = schema.field(8, least=1)  # C
 
     def __post_init__(self):
         shrinks = self.patch_size * 2 ** (len(self.multipliers) - 1)
         if self.image_size % self.patch_size or self.image_size < shrinks:
-            raise errors.UserError(
-                f"config.model.net.image_size = {self.image_size} must be a multiple of patch_size = {self.patch_size} "
-                f"and at least {shrinks}, by which patch_size and {len(self.multipliers)} multipliers shrink it"
+            raise ValueError(
+                f"image_size: {self.image_size} must be a multiple of patch_size = {self.patch_size} and at least {shrinks}, "
+                f"by which patch_size and {len(self.multipliers)} multipliers shrink it",
             )
         for multiplier in self.multipliers:
             if self.channels * multiplier % self.num_groups:
-                raise errors.UserError(
-                    f"config.model.net.num_groups = {self.num_groups} does not divide "
-                    f"{self.channels} x {multiplier} channels"
-                )
+                raise ValueError(f"num_groups: {self.num_groups} does not divide {self.channels} x {multiplier} channels")
 
 
 class Trunk(nn.Module):

@@ -5,12 +5,12 @@ Used only while a tokenizer is trained; nothing downstream needs its weights.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from addp_jax import schema
 
 LAYOUT = (
     (r".*(conv\w*|shortcut)/kernel", ("replicated",) * 4),
@@ -20,12 +20,12 @@ LAYOUT = (
 SMALLEST = 4  # pixels along one side where the pyramid ends
 
 
-@dataclasses.dataclass(frozen=True)
+@schema.config
 class Config:
     """The width doubles with every halving of the resolution, up to `max_channels`."""
 
-    channels: int = 64  # at full resolution; MaskGIT: 64 for 256 pixels, 256 for 64 pixels
-    max_channels: int = 512
+    channels: int = schema.field(64, least=1, tiny=8)  # at full resolution; MaskGIT: 64 for 256 pixels, 256 for 64 pixels
+    max_channels: int = schema.field(512, least=1, tiny=8)
 
     def widths(self, image_size: int) -> tuple[int, ...]:
         """Channels at `image_size`, half of it, ... down to 4 pixels.

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from addp_jax import errors, parameters
+from addp_jax import parameters, schema
 from addp_jax.models import layers, vit
 
 POOLINGS = ("mean", "class")
@@ -18,19 +18,13 @@ PROBE_LAYOUT = ((r".*dense_out/kernel", ("replicated", "replicated")), (r".*(bia
 LAYOUT = (*PROBE_LAYOUT[:1], *vit.LAYOUT)
 
 
-@dataclasses.dataclass(frozen=True)
+@schema.config
 class Config:
     """A classifier of images. The release fine-tunes without the encoder's input and final LayerNorm."""
 
     encoder: vit.Config = vit.Config(dropout=0.0, input_dropout=0.0, input_norm=False, final_norm=False)
-    num_classes: int = 1000  # C
-    pooling: str = "mean"  # mean (of the patches) | class (the class token)
-
-    def __post_init__(self):
-        if self.num_classes < 1:
-            raise errors.UserError(f"config.model.net.num_classes: {self.num_classes}; use at least 1")
-        if self.pooling not in POOLINGS:
-            raise errors.UserError(f"config.model.net.pooling: {self.pooling!r}; use {' or '.join(POOLINGS)}")
+    num_classes: int = schema.field(1000, least=1)  # C
+    pooling: str = schema.field("mean", choices=POOLINGS)  # mean (of the patches) | class (the class token)
 
 
 def pool(tokens, pooling: str):

@@ -7,15 +7,11 @@ TensorFlow 1's bilinear rule (no half-pixel offset, no antialiasing), as torch-f
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from addp_jax.models import layers
 
 IMAGE_SIZE = 299  # pixels, after the resize
 NUM_CLASSES = 1008
@@ -177,31 +173,3 @@ def resize(image, size: int):
 def init(rng):
     """Parameters of `Inception`; pure."""
     return Inception().init(rng, jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3)))["params"]
-
-
-def params_from_torch(arrays: Mapping[str, np.ndarray]) -> dict:
-    """Parameters of `Inception` from the state dict of `pt_inception-2015-12-05-6726825d.pth`, as numpy arrays.
-
-    Raises KeyError naming an entry that is missing, ValueError naming one of the wrong shape.
-    """
-
-    take = functools.partial(layers.torch_array, arrays)
-
-    def layer(name, kernel):
-        height, width, inputs, outputs = kernel.shape
-        weight = take(f"{name}.conv.weight", (outputs, inputs, height, width)).transpose(2, 3, 1, 0)
-        scale, shift, mean, var = (
-            take(f"{name}.bn.{part}", (outputs,)) for part in ("weight", "bias", "running_mean", "running_var")
-        )
-        scale = scale / np.sqrt(var + BATCH_NORM_EPS)
-        return {"kernel": weight * scale, "bias": shift - mean * scale}
-
-    def tree(expected, prefix):
-        return {
-            name: layer(prefix + name, part["kernel"]) if "kernel" in part else tree(part, f"{prefix}{name}.")
-            for name, part in expected.items()
-        }
-
-    expected = jax.eval_shape(init, jax.random.key(0))
-    fc = expected.pop("fc")["kernel"].shape
-    return tree(expected, "") | {"fc": {"kernel": take("fc.weight", fc[::-1]).T}}

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from addp_jax import errors, partition, schema
+from addp_jax import partition, schema
 from addp_jax.models.dropout import Dropout
 
 LAYER_NORM_EPS = 1e-6
+REMAT_POLICIES = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 HEAD_NORM_EPS = 1e-5  # the release's token heads use torch's default here
 EMBEDDING_INIT = nn.initializers.normal(0.02)
 LAYOUT = (
@@ -30,26 +32,24 @@ LAYOUT = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@schema.config
 class TransformerConfig:
     """Size of a stack of pre-norm transformer blocks."""
 
-    width: int = schema.field(768, least=1)  # D
-    depth: int = schema.field(12, least=1)
-    heads: int = schema.field(12, least=1)  # N
+    width: int = schema.field(768, least=1, tiny=16)  # D
+    depth: int = schema.field(12, least=1, tiny=2)  # blocks
+    heads: int = schema.field(12, least=1, tiny=2)  # N
     mlp_ratio: int = schema.field(4, least=1)
-    # After attention weights, attention output and both MLP layers.
+    # Of attention weights, attention output and both MLP layers.
     dropout: float = schema.field(0.1, least=0, below=1, matters=schema.TRAINING)
     # Of the last block; grows linearly from 0 at the first.
     drop_path: float = schema.field(0.0, least=0, below=1, matters=schema.TRAINING)
-    # none | full | dots (save matmul outputs only): what is kept for the backward pass.
-    remat: str = schema.field("none", matters=schema.NOTHING)
+    # What the backward pass computes again: none | dots (all but matmul outputs) | full.
+    remat: str = schema.field("none", choices=("none", *REMAT_POLICIES), matters=schema.NOTHING, tiny="none")
 
     def __post_init__(self):
         if self.width % self.heads:
-            raise errors.UserError(f"config.model: heads={self.heads} does not divide width={self.width}")
-        if self.remat not in ("none", *REMAT_POLICIES):
-            raise errors.UserError(f"config.model: remat={self.remat!r}; use none, {' or '.join(REMAT_POLICIES)}")
+            raise ValueError(f"heads: {self.heads} does not divide width={self.width}")
 
 
 def layer_norm(name: str | None = None, eps: float = LAYER_NORM_EPS, dtype=None) -> nn.LayerNorm:
@@ -136,12 +136,6 @@ class Block(nn.Module):
         return add(tokens, mlp(layer_norm("norm2", dtype=self.dtype)(tokens), train))
 
 
-REMAT_POLICIES = {
-    "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
-
 class Blocks(nn.Module):
     """`depth` blocks, scanned: their parameters are stacked on a leading axis."""
 
@@ -179,12 +173,3 @@ class TokenHead(nn.Module):
         table = jax.lax.stop_gradient(token_embed).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (token_embed.shape[0],))
         return jnp.einsum("bmd,vd->bmv", hidden, table, preferred_element_type=jnp.float32) + bias[None, None]
-
-
-def torch_array(arrays: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """float32 entry `name` of a torch state dict. Raises KeyError if it is missing, ValueError if its shape differs."""
-    if name not in arrays:
-        raise KeyError(f"no entry {name}")
-    if tuple(arrays[name].shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(arrays[name].shape)}, expected {shape}")
-    return np.asarray(arrays[name], np.float32)

@@ -8,13 +8,10 @@ without its learned channel weights). The two have different scales: MaskGIT's l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 
-from addp_jax.models import layers
 
 # Of each stage: its width, and the index N of its convolutions in torchvision's `features.N`.
 STAGES = ((64, (0, 2)), (128, (5, 7)), (256, (10, 12, 14)), (512, (17, 19, 21)), (512, (24, 26, 28)))
@@ -43,29 +40,6 @@ class Vgg16(nn.Module):
         return stages
 
 
-def params_from_torchvision(arrays: Mapping[str, np.ndarray]) -> dict:
-    """Parameters of `Vgg16` from torchvision's vgg16 state dict (`features.N.weight`, `features.N.bias`).
-
-    Other entries (the classifier) are ignored. Raises KeyError naming an entry that is missing,
-    ValueError naming one of the wrong shape.
-    """
-
-    params, inputs = {}, 3
-    for width, indices in STAGES:
-        for index in indices:
-            kernel = layers.torch_array(arrays, f"features.{index}.weight", (width, inputs, 3, 3)).transpose(2, 3, 1, 0)
-            bias = layers.torch_array(arrays, f"features.{index}.bias", (width,))
-            params[f"conv{index}"] = {"kernel": kernel, "bias": bias}
-            inputs = width
-    return params
-
-
-def lpips_from_torch(arrays: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    """The learned weight of each stage's channels, from the state dict of LPIPS' v0.1/vgg.pth. Errors as above."""
-    names = [f"lin{stage}.model.1.weight" for stage in range(len(STAGES))]
-    return [layers.torch_array(arrays, name, (1, width, 1, 1)).reshape(-1) for name, (width, _) in zip(names, STAGES)]
-
-
 def distance(params, image, other, dtype=jnp.float32):
     """Perceptual distance of two batches [B,H,W,3] in [0,1] -> float32 [B], 0 (equal) to 2.
 
@@ -78,7 +52,7 @@ def distance(params, image, other, dtype=jnp.float32):
 def lpips(params, channel_weights, image, other):
     """LPIPS (arXiv:1801.03924, version 0.1, VGG16) of two batches [B,H,W,3] in [0,1] -> float32 [B].
 
-    channel_weights: of `lpips_from_torch`. The sum over the stages of the mean over the places.
+    channel_weights: of `torch_nets.lpips_weights`. The sum over the stages of the mean over the places.
     """
     gaps = squared_gaps(params, image, other, jnp.float32)
     return sum((gap @ weights).mean((1, 2)) for gap, weights in zip(gaps, channel_weights, strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -14,14 +13,14 @@ from addp_jax.models import layers, vit
 LAYOUT = ((r".*(pos_visible|pos_masked|pos_token)", ("replicated", "width")), *vit.LAYOUT)
 
 
-@dataclasses.dataclass(frozen=True)
+@schema.config
 class Config:
     """Encoder and decoder of one width; the vocabulary holds the codes first, the mask token last."""
 
     encoder: vit.Config = vit.Config()
     decoder: layers.TransformerConfig = layers.TransformerConfig(depth=8, heads=16)
-    num_codes: int = schema.field(1024, least=1)  # K
-    vocab_size: int = 2025  # V: codes, 1000 rows that are never a target, mask token
+    num_codes: int = schema.field(1024, least=1, tiny=32)  # K
+    vocab_size: int = schema.field(2025, least=2, tiny=36)  # V: codes, 1000 rows that are never a target, mask token
     # Of the initial token embedding, which also is the (untrained) output matrix.
     token_std: float = schema.field(0.02, least=0, matters=schema.TRAINING)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -15,16 +14,16 @@ from addp_jax.models.dropout import Dropout
 LAYOUT = ((r".*(pos_embed|decoder_pos)", ("replicated", "width")), *layers.LAYOUT)
 
 
-@dataclasses.dataclass(frozen=True)
+@schema.config
 class Config:
     """The vocabulary holds the codes, then rows of which `class_id` fills the class slot, then the mask token."""
 
     encoder: layers.TransformerConfig = layers.TransformerConfig()
     decoder: layers.TransformerConfig = layers.TransformerConfig(depth=8, heads=16)
-    num_codes: int = schema.field(1024, least=1)  # K
-    vocab_size: int = 2025  # V
-    class_id: int = 1100  # id in the class slot
-    length: int = 256  # L
+    num_codes: int = schema.field(1024, least=1, tiny=32)  # K
+    vocab_size: int = schema.field(2025, least=2, tiny=36)  # V
+    class_id: int = schema.field(1100, least=0, tiny=34)  # in the class slot: row 76 after the codes in the released weights
+    length: int = schema.field(256, least=1, tiny=16)  # L
     # Of the initial token embedding, which also is the (untrained) output matrix.
     token_std: float = schema.field(0.02, least=0, matters=schema.TRAINING)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from addp_jax import errors, partition, schema
+from addp_jax import partition, schema
 from addp_jax.models import layers
 from addp_jax.models.dropout import Dropout
 
@@ -23,22 +22,20 @@ LAYOUT = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@schema.config
 class Config(layers.TransformerConfig):
     """A vision transformer; `image_size` / `patch_size` gives the token grid."""
 
-    image_size: int = schema.field(256, least=1)  # pixels
-    patch_size: int = schema.field(16, least=1)  # pixels
+    image_size: int = schema.field(256, least=1, tiny=16)  # pixels; position embeddings of another size are resized
+    patch_size: int = schema.field(16, least=1, tiny=4)  # pixels
     input_dropout: float = schema.field(0.1, least=0, below=1, matters=schema.TRAINING)  # after the input LayerNorm
     input_norm: bool = True  # LayerNorm between the embeddings and the first block
-    final_norm: bool = True
+    final_norm: bool = True  # LayerNorm after the last block
 
     def __post_init__(self):
-        super().__post_init__()
+        layers.TransformerConfig.__post_init__(self)
         if self.image_size % self.patch_size:
-            raise errors.UserError(
-                f"config.model: image_size={self.image_size} is not a multiple of patch_size={self.patch_size}"
-            )
+            raise ValueError(f"image_size: {self.image_size} is not a multiple of patch_size={self.patch_size}")
 
     @property
     def length(self) -> int:

@@ -72,11 +72,11 @@ def parse(text: str, slices: int = 1) -> Name:
     kind = ALIASES.get(match[1], match[1]) if match else ""
     numbers = tuple(map(int, match[3].split("x"))) if match else (0,)
     if kind not in CHIPS or min(numbers) < 1 or slices < 1:
-        raise errors.UserError(f"--topology={text}: not known; examples are {EXAMPLES}")
+        raise errors.UserError(f"topology={text}: not known; examples are {EXAMPLES}")
     chip, count = CHIPS[kind], numbers[0]
     if kind in GPUS:
         if len(numbers) > 1 or (count > GPUS_PER_HOST and count % GPUS_PER_HOST):
-            raise errors.UserError(f"--topology={text}: {kind}xN with N up to {GPUS_PER_HOST} or a multiple of it")
+            raise errors.UserError(f"topology={text}: {kind}xN with N up to {GPUS_PER_HOST} or a multiple of it")
         return Name(kind, (max(1, count // GPUS_PER_HOST), min(count, GPUS_PER_HOST)), slices)
     if match[2] in ":=":
         shape = numbers
@@ -86,7 +86,7 @@ def parse(text: str, slices: int = 1) -> Name:
         shape = ()
     if len(shape) != chip.axes:
         sizes = "x".join("ABC"[: chip.axes])
-        raise errors.UserError(f"--topology={text}: {kind} has {chip.axes} torus axes; give {kind}:{sizes}, or a power of two as in {kind}-256")
+        raise errors.UserError(f"topology={text}: {kind} has {chip.axes} torus axes; give {kind}:{sizes}, or a power of two as in {kind}-256")
     return Name(kind, shape, slices)
 
 
@@ -115,7 +115,7 @@ def describe(name: Name) -> list:
         text = f"{name.kind}:{'x'.join(map(str, name.shape))}"
         return topologies.get_topology_desc(platform="tpu", topology_name=text, **options).devices
     except (RuntimeError, ValueError) as error:  # the compiler's own words end in a stack trace
-        raise errors.UserError(f"--topology={name}: {files.reason(error)}") from error
+        raise errors.UserError(f"topology={name}: {files.reason(error)}") from error
 
 
 def _gpus(name: Name) -> list:
@@ -124,7 +124,7 @@ def _gpus(name: Name) -> list:
         target = {"target_config": _target(name.kind), "topology": shape}
         return topologies.get_topology_desc(platform="cuda", topology_name=name.kind, **target).devices
     except (RuntimeError, ValueError) as error:
-        raise errors.UserError(f"--topology={name}: {files.reason(error)}; it needs pip install '.[cuda]'") from error
+        raise errors.UserError(f"topology={name}: {files.reason(error)}; it needs pip install '.[cuda]'") from error
 
 
 def _target(kind: str) -> str:

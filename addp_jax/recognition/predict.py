@@ -21,18 +21,14 @@ NUM_PICTURES = 64  # images on the contact sheet
 MOST_NAMED = 20  # unreadable files in a message
 
 
-@dataclasses.dataclass(frozen=True)
+@schema.config
 class Config:
     """Fields of `config.predict`."""
 
     images: str = ""  # folder of own images
     output: str = ""  # folder; "" = <workdir>/predictions or <workdir>/features
     batch_size: int = schema.field(64, least=1)
-    format: str = "npz"  # of features: npz | array_record
-
-    def __post_init__(self):
-        if self.format not in FORMATS:
-            raise errors.UserError(f"config.predict.format: {self.format!r}; use {' or '.join(FORMATS)}")
+    format: str = schema.field("npz", choices=FORMATS)  # of features
 
 
 def predict(program, config: Config, workdir: str) -> None:
@@ -152,5 +148,5 @@ def recorded_names(program, identity: dict, workdir: str) -> tuple[str, ...]:
     """One per class of the network: those that the run has on record, else numbers. Where the data lies now does not matter."""
     count, names = program.task.num_classes, tuple(identity.get("data", {}).get("classes", ()))
     if not names:
-        print(f"classes are numbered: {workdir} has no names on record; name them with --config.data.class_names=FILE")
+        print(f"classes are numbered: {workdir} has no names on record; name them with config.data.class_names")
     return (*names, *(f"class {n}" for n in range(len(names), count)))

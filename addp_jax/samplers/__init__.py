@@ -58,33 +58,21 @@ class Carry(NamedTuple):
     mask: jax.Array  # bool [B,L], True = still unknown
 
 
-@dataclasses.dataclass(frozen=True)
+@schema.config
 class Config(schema.Named):
-    """How tokens are drawn. Raises UserError, naming the field, on a value that no sampler can use."""
+    """How tokens are drawn."""
 
     PACKAGE = __name__
 
-    steps: int = 20  # T
-    # How the masked tokens become fewer, r the share of the steps done (diffusion.SCHEDULES). cosine: cos(pi/2 r) |
-    # linear: 1 - r | sqrt: 1 - sqrt(r) | constant: L^-r, the same share of what is left in each step
-    schedule: str = "cosine"
-    temperature: float = 6.0  # of the noise on the confidence
+    steps: int = schema.field(20, least=1)  # T
+    # How the masked tokens become fewer, r the share of the steps done. cosine: cos(pi/2 r) | linear: 1 - r |
+    # sqrt: 1 - sqrt(r) | constant: L^-r, the same share of what is left in each step
+    schedule: str = schema.field("cosine", choices=diffusion.SCHEDULES)
+    temperature: float = schema.field(6.0, least=0)  # of the noise on the confidence
     annealed: bool = True  # temperature falls linearly to 0 (the release's "dynamic"); else constant
-    top_p: float = 1.0  # nucleus of the token draw; 1 = all codes
-    top_k: int = 0  # most probable codes that are drawn from, before the nucleus; 0 = all codes
+    top_p: float = schema.field(1.0, above=0, most=1)  # nucleus of the token draw; 1 = all codes
+    top_k: int = schema.field(0, least=0)  # most probable codes that are drawn from, before the nucleus; 0 = all codes
     name: str = "alternating"  # a file in addp_jax/samplers
-
-    def __post_init__(self):
-        known = ", ".join(diffusion.SCHEDULES)
-        for name, good, advice in (
-            ("steps", self.steps >= 1, "use at least 1"),
-            ("schedule", self.schedule in diffusion.SCHEDULES, f"use one of {known}"),
-            ("temperature", self.temperature >= 0, "use at least 0"),
-            ("top_p", 0 < self.top_p <= 1, "use a fraction above 0, at most 1"),
-            ("top_k", self.top_k >= 0, "use at least 1, or 0 for all codes"),
-        ):
-            if not good:
-                raise errors.UserError(f"config.model.sampler.{name}: {getattr(self, name)!r}; {advice}")
 
 
 def bind(predict: Callable, codec: codecs.Codec) -> Nets:

@@ -170,7 +170,7 @@ def create(name: str, fields, dtype) -> Task:
 def require(task: Task, name: str, protocol: type) -> None:
     """Raises UserError, naming the tasks that would do, unless the task `name` has the abilities of `protocol`."""
     if not isinstance(task, protocol):
-        able = [other for other in names() if issubclass(load(other).Task, protocol)]
+        able = [other for other in names() if protocol in load(other).Task.__mro__]
         raise errors.UserError(f"config.task: {name} does not {ABILITIES[protocol]}; use {' or '.join(able)}")
 
 

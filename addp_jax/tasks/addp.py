@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 
@@ -19,7 +18,7 @@ from addp_jax.samplers import alternating
 COLUMNS = 8  # of the evaluation's denoising picture
 
 
-@dataclasses.dataclass(frozen=True)
+@schema.config
 class Config:
     """Fields of `config.model`."""
 
@@ -34,7 +33,7 @@ class Config:
     teacher_dropout: bool = schema.field(False, matters=schema.TRAINING)
     label_smoothing: float = schema.field(0.1, least=0, below=1, matters=schema.TRAINING)
     sampler: samplers.Config = schema.field(alternating.Config(), matters=schema.NOTHING)
-    num_samples: int = schema.field(16, least=1, matters=schema.NOTHING)  # in the evaluation's picture
+    num_samples: int = schema.field(16, least=1, matters=schema.NOTHING, tiny=4)  # in the evaluation's picture
 
 
 class Task(tasks.Generator, tasks.Recogniser):
@@ -57,7 +56,6 @@ class Task(tasks.Generator, tasks.Recogniser):
         self.capacity = config.net.length - int(diffusion.grid_num_masked(config.masks, config.net.length).min())
         codecs.check_pair(config.tokenizer, config.net.length, config.net.num_codes, "config.model.net")
         codecs.check_pair(config.tokenizer, config.predictor.length, config.predictor.num_codes, "config.model.predictor")
-        check_masks(config.masks)
         if config.net.encoder.image_size != config.tokenizer.image_size:
             raise errors.UserError("config.model.net.encoder.image_size differs from config.model.tokenizer.image_size")
 
@@ -112,10 +110,10 @@ class Task(tasks.Generator, tasks.Recogniser):
 
         def losses():
             for index, batch in enumerate(batches):
-                loss, pictures = self._values(params, frozen, batch, jax.random.fold_in(key, index))
+                loss, seen = self._values(params, frozen, batch, jax.random.fold_in(key, index))
                 if index == 0:
-                    shown.append(partition.whole([array[:COLUMNS] for array in pictures]))
-                loss, ratio, valid = partition.whole((loss, pictures[-1].mean(-1), batch["valid"]))
+                    shown.append(partition.whole([array[:COLUMNS] for array in seen]))
+                loss, ratio, valid = partition.whole((loss, seen[-1].mean(-1), batch["valid"]))
                 by_ratio.add(ratio, loss, valid)
                 yield {"loss": loss}, valid
 
@@ -142,16 +140,3 @@ class Task(tasks.Generator, tasks.Recogniser):
     def features(self, params, frozen, image):
         tokens = self.net.apply({"params": params["pixel_to_token"]}, images.to_unit(image), method="encode")
         return heads.pool(tokens, "mean")
-
-
-def check_masks(masks: diffusion.MaskSchedule) -> None:
-    """Raises UserError for a schedule that draws no masks."""
-    for name, good, advice in (
-        ("low", 0 <= masks.low < masks.high, "use a fraction below high"),
-        ("high", masks.high <= 1, "use a fraction, at most 1"),
-        ("std", masks.std > 0, "use a number above 0"),
-        ("max_jump", masks.max_jump >= 1, "use at least 1"),
-        ("group", masks.group >= 1, "use at least 1"),
-    ):
-        if not good:
-            raise errors.UserError(f"config.model.masks.{name}: {getattr(masks, name)}; {advice}")

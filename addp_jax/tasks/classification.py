@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -18,7 +17,7 @@ from addp_jax.ops import images, mixup
 from addp_jax.weights import encoder
 
 
-@dataclasses.dataclass(frozen=True)
+@schema.config
 class Config:
     """Fields of `config.model`."""
 

@@ -1,4 +1,4 @@
-"""Train a small convolutional classifier: the judge of generated images (addp_jax/judge.py).
+"""Train a small convolutional classifier: the judge of generated images (addp_jax/measuring/judge.py).
 
 A classifier that has seen only good images is sure of its answer on noise, too. So a share of each training batch is
 spoiled beyond recognition and has the uniform distribution as its target (outlier exposure, arXiv:1812.04606).
@@ -6,7 +6,6 @@ spoiled beyond recognition and has the uniform distribution as its target (outli
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -26,7 +25,7 @@ NOISE_SCALE = (0.005, 0.1)  # of the coloured noise that replaces an image, frac
 BLOCKS = 4  # along each side, for an image whose blocks are shuffled
 
 
-@dataclasses.dataclass(frozen=True)
+@schema.config
 class Config:
     """Fields of `config.model`."""
 

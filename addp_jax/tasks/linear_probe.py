@@ -10,7 +10,6 @@ The features are pooled behind the encoder's own final LayerNorm, MAGE's in fron
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -31,7 +30,7 @@ NORM_EPS = 1e-6  # of the BatchNorm's variance (MAGE)
 BATCH_SIZE = 256  # images whose features are computed at a time
 
 
-@dataclasses.dataclass(frozen=True)
+@schema.config
 class Config:
     """Fields of `config.model`."""
 
@@ -41,18 +40,16 @@ class Config:
     encoder_weights: str = schema.frozen_weights()
     cache: str = schema.field("runs/features", matters=schema.NOTHING)  # folder of the computed features
     block: int = -1  # whose output is taken, from 1; -1 = the last, after the final LayerNorm
-    pooling: str = "mean"  # mean (of the patches) | class (the class token)
+    pooling: str = schema.field("mean", choices=heads.POOLINGS)  # mean (of the patches) | class (the class token)
     crop_pct: float = schema.field(1.0, above=0, most=1)  # of the resized short side that the centre crop keeps
     shots: int = schema.field(0, least=0, matters=schema.TRAINING)  # training examples per class; 0 = all
     shots_seed: int = schema.field(0, matters=schema.TRAINING)  # of their choice
-    neighbours: int = schema.field(20, least=0, matters=schema.NOTHING)  # k of the k-NN classifier; 0 = none
+    neighbours: int = schema.field(20, least=0, matters=schema.NOTHING, tiny=5)  # k of the k-NN classifier; 0 = none
     temperature: float = schema.field(0.07, above=0, matters=schema.NOTHING)  # of its weighted vote
 
     def __post_init__(self):
         if not (self.block == -1 or 1 <= self.block <= self.encoder.depth):
-            raise errors.UserError(f"config.model.block: {self.block}; use 1 to {self.encoder.depth}, or -1")
-        if self.pooling not in heads.POOLINGS:
-            raise errors.UserError(f"config.model.pooling: {self.pooling!r}; use {' or '.join(heads.POOLINGS)}")
+            raise ValueError(f"block: {self.block}; use 1 to {self.encoder.depth}, or -1")
 
 
 class Task(tasks.Classifier):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
-from addp_jax import codecs, diffusion, errors, partition, pictures, samplers, schema, tasks, weights
+from addp_jax import codecs, diffusion, partition, pictures, samplers, schema, tasks, weights
 from addp_jax.codecs import vqgan
 from addp_jax.metrics import averages, classification
 from addp_jax.models import token_predictor
@@ -17,7 +16,7 @@ from addp_jax.ops import images, keys
 from addp_jax.samplers import token_only
 
 
-@dataclasses.dataclass(frozen=True)
+@schema.config
 class Config:
     """Fields of `config.model`."""
 
@@ -32,11 +31,11 @@ class Config:
     mask_std: float = schema.field(0.25, above=0, matters=schema.TRAINING)
     label_smoothing: float = schema.field(0.1, least=0, below=1, matters=schema.TRAINING)
     sampler: samplers.Config = schema.field(token_only.Config(), matters=schema.NOTHING)
-    num_samples: int = schema.field(16, least=1, matters=schema.NOTHING)  # in the evaluation's picture
+    num_samples: int = schema.field(16, least=1, matters=schema.NOTHING, tiny=4)  # in the evaluation's picture
 
     def __post_init__(self):
         if self.mask_low > self.mask_high:
-            raise errors.UserError(f"config.model.mask_low: {self.mask_low} is above mask_high = {self.mask_high}")
+            raise ValueError(f"mask_low: {self.mask_low} is above mask_high = {self.mask_high}")
 
 
 class Task(tasks.Generator):

@@ -6,24 +6,23 @@ discriminator's own terms and the other way round, so that one optimizer step is
 
 from __future__ import annotations
 
-import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from addp_jax import codecs, errors, partition, schema, tasks
+from addp_jax import codecs, errors, partition, pictures, schema, tasks
 from addp_jax.codecs import vqgan
 from addp_jax.metrics import reconstruction
 from addp_jax.models import discriminator, perceptual
 from addp_jax.ops import images
-from addp_jax.weights import feature_nets
+from addp_jax.weights import feature_nets, torch_nets
 
 LOG_EPS = 1e-5  # MaskGIT's, in the logarithm of the mean code probabilities
 NUM_PICTURES = 8  # of the evaluation's reconstruction grid
 
 
-@dataclasses.dataclass(frozen=True)
+@schema.config
 class Config:
     """Fields of `config.model`; the loss weights are MaskGIT's."""
 
@@ -49,7 +48,7 @@ class Config:
             try:
                 self.discriminator.widths(self.net.image_size)
             except ValueError as error:
-                raise errors.UserError(f"config.model.net.image_size: {error}; or set discriminator_weight=0") from error
+                raise ValueError(f"net.image_size: {error}; or set discriminator_weight=0") from error
 
 
 class Task(tasks.Autoencoder):
@@ -76,7 +75,7 @@ class Task(tasks.Autoencoder):
         self._lpips_weights()  # a mistake there is told before the first step
         if not self.perceptual:
             return {}
-        path, convert = self.config.perceptual_weights, perceptual.params_from_torchvision
+        path, convert = self.config.perceptual_weights, torch_nets.vgg16_params
         found = feature_nets.read_weights(path, convert, "config.model.perceptual_weights", "torchvision's vgg16")
         return {"perceptual": found}
 
@@ -142,16 +141,16 @@ class Task(tasks.Autoencoder):
     def evaluate(self, params, frozen, batches):
         """Exact means over the valid examples of `mse`, `psnr`, `ssim` and, with its weights, `lpips` (of clipped
         reconstructions), and how many codes the whole set uses; the picture has reconstructions below their originals."""
-        totals, pictures = None, None
+        totals, first = None, None
         lpips = self._lpips_weights()
         for batch in batches:
             sums, shown = jax.device_get(self._jitted_statistics(params, frozen, lpips, batch))
             sums = jax.tree.map(np.float64, sums)
             totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
-            pictures = shown if pictures is None else pictures
+            first = shown if first is None else first
         counts, examples = totals.pop("counts"), totals.pop("examples")
         scalars = {name: total / examples for name, total in totals.items()} | code_statistics(counts, np)
-        originals, reconstructions, valid = pictures
+        originals, reconstructions, valid = first
         rows = np.concatenate([originals[valid], reconstructions[valid]])
         grid = pictures.grid(rows, columns=int(valid.sum())).astype(np.float32) / 255
         return tasks.Results({name: float(value) for name, value in scalars.items()}, {"reconstructions": grid})
@@ -162,7 +161,7 @@ class Task(tasks.Autoencoder):
         if path and not self.perceptual:
             raise errors.UserError("config.model.lpips_weights needs config.model.perceptual_weights, its VGG16")
         field = "config.model.lpips_weights"
-        return feature_nets.read_weights(path, perceptual.lpips_from_torch, field, "LPIPS' v0.1/vgg") if path else []
+        return feature_nets.read_weights(path, torch_nets.lpips_weights, field, "LPIPS' v0.1/vgg") if path else []
 
     def _statistics(self, params, frozen, lpips, batch):
         """Sums over the batch's valid examples, and its first images; replicated: every process can read them."""

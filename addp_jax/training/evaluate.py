@@ -136,7 +136,7 @@ def images_of(task, mesh):
 def evaluate(program, workdir: str) -> None:
     """`--mode=evaluate`: prints the results over the whole evaluation split as one JSON line, writes the pictures to `workdir`."""
     folder = os.path.join(workdir, "evaluation")
-    files.require_writable(folder, "--workdir")
+    files.require_writable(folder, "workdir")
     with jax.set_mesh(program.mesh):
         (params, frozen), identity = program.load(workdir)
         source = program.source("eval")

@@ -29,11 +29,11 @@ def preflight(run: TrainingProgram, workdir: str) -> None:
 
 def require_room(run: TrainingProgram, workdir: str) -> None:
     """Raises UserError if `workdir` cannot be written to or its disk has no room for a checkpoint."""
-    files.require_writable(workdir, "--workdir")
+    files.require_writable(workdir, "workdir")
     needed, free = parameters.size(run.state), shutil.disk_usage(workdir).free
     if free < SMALLEST_SHARE * needed:
         raise errors.UserError(
-            f"--workdir {workdir}: a checkpoint takes {needed / 1e6:.0f} MB, and the disk has {free / 1e6:.0f} MB left"
+            f"workdir {workdir}: a checkpoint takes {needed / 1e6:.0f} MB, and the disk has {free / 1e6:.0f} MB left"
         )
 
 

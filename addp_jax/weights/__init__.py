@@ -14,9 +14,9 @@ from addp_jax.weights import checkpoint, layouts, provenance
 RANDOM = "random"  # instead of a path: freshly initialised weights, for benchmarks and memory checks only
 SHAPES = "shapes"  # instead of a path: shapes without values, for plans
 TRAIN_FIRST = {
-    "tokenizer": "train one with --config=configs/tokenizer.py (or configs/demo_tokenizer.py)",
-    "token_predictor": "train one with --config=configs/predictor_vitb.py (or configs/demo_predictor.py)",
-    "pixel_to_token": "train one with --config=configs/vitb.py (or configs/demo_addp.py)",
+    "tokenizer": "train one with configs/tokenizer.py (or configs/demo_tokenizer.py)",
+    "token_predictor": "train one with configs/predictor.py (or configs/demo_predictor.py)",
+    "pixel_to_token": "train one with configs/vitb.py (or configs/demo_addp.py)",
 }
 
 

@@ -16,62 +16,37 @@ A step that the manifest proves sound and that cannot be used all the same is a 
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import errno
 import itertools
 import json
-import logging
 import math
 import os
 import pathlib
 import re
 import shutil
 import sys
-import warnings
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging as absl_logging
 
-from addp_jax import errors, files, parameters, processes
-from addp_jax.weights import lock, manifest, provenance
+from addp_jax import errors, files, parameters, processes, schema
+from addp_jax.weights import lock, manifest, provenance, quiet
 
 STEP = re.compile("0|[1-9][0-9]*")  # how a step's folder is named
 # Bytes of arrays that the files of a step may claim: 4096 times their own size, and 256 MiB, as compressed zeros need none.
 EXPANSION, ZEROS = 4096, 2**28
 
-
-# What a failed save of orbax leaves behind in asyncio is logged there as well when it is collected.
-logging.getLogger("asyncio").addFilter(lambda record: "/orbax/" not in record.getMessage())
-# Orbax logs each save at length, and what it logs as an error it raises as well.
-absl_logging.get_absl_logger().addFilter(
-    lambda record: record.levelno >= logging.CRITICAL or "/orbax/" not in record.pathname
-)
+quiet.install()
 
 
-def _unraisable(event, before=sys.unraisablehook):
-    """Of a failed read or write, orbax raises the first error and closes its loop; what still ends then cannot report there."""
-    if not (event.exc_type is RuntimeError and str(event.exc_value) == "Event loop is closed"):
-        before(event)
-
-
-sys.unraisablehook = _unraisable
-warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)  # the same, of what had not begun
-
-
-@dataclasses.dataclass(frozen=True)
+@schema.config
 class Config:
-    """config.checkpoint."""
+    """When, and how many."""
 
-    every: int = 1000  # optimizer steps between checkpoints
-    keep: int = 2  # newest checkpoints kept
-    keep_every: int = 0  # additionally keep each multiple of this for ever; 0 = none
-
-    def __post_init__(self):
-        for name, least in (("every", 1), ("keep", 1), ("keep_every", 0)):
-            if getattr(self, name) < least:
-                raise errors.UserError(f"config.checkpoint.{name} must be at least {least}")
+    every: int = schema.field(1000, least=1, tiny=2)  # optimizer steps between checkpoints
+    keep: int = schema.field(2, least=1)  # newest checkpoints kept
+    keep_every: int = schema.field(0, least=0)  # additionally keep each multiple of this for ever; 0 = none
 
 
 class Checkpointer:
@@ -88,8 +63,9 @@ class Checkpointer:
         self._root = pathlib.Path(lock.folder(workdir)) / "checkpoints"
         self._config = config
         self._identity = json.dumps(identity, indent=1)
-        files.require_writable(self._root, "--workdir")
-        _require_identity(self._root, self._identity)
+        files.require_writable(self._root, "workdir")
+        steps = [self._root / str(step) for step in _steps(self._root)]
+        provenance.require(self._root, steps, self._identity)
         self._manager = None
         self._pending = None  # the save under way: a future
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
@@ -110,7 +86,7 @@ class Checkpointer:
                 return state, step
             self._set_aside(step, older, problem)
         if any(self._root.glob("*.damaged*")):
-            advice = "use another --workdir, or delete the *.damaged folders to start from the beginning"
+            advice = "use another workdir, or delete the *.damaged folders to start from the beginning"
             raise errors.UserError(f"all checkpoints in {self._root} are damaged; {advice}")
         return None
 
@@ -206,7 +182,7 @@ class Checkpointer:
         differences = parameters.differences(saved, wanted, lambda leaf: f"{leaf.dtype}{list(leaf.shape)}")
         if differences:
             text = parameters.shortened(differences, 8)
-            raise errors.UserError(f"{folder} does not fit this config ({text}); use another --workdir")
+            raise errors.UserError(f"{folder} does not fit this config ({text}); use another workdir")
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
         return self._orbax().restore(int(folder.name), args=arguments)["state"]
 
@@ -237,7 +213,7 @@ def load_params(path, *, ema):
     one_step = path.name.isdecimal() and (path / "state").is_dir()
     folders = [path] if one_step else [root / str(step) for step in _steps(root)]
     if not folders:
-        raise errors.UserError(f"no checkpoint in {path}: give a --workdir or a <workdir>/checkpoints/<step>")
+        raise errors.UserError(f"no checkpoint in {path}: give a workdir or a <workdir>/checkpoints/<step>")
     for folder in folders:
         problem = _inspect(folder)
         if not problem:
@@ -271,7 +247,7 @@ def save_params(path, params, identity):
 def require_no_checkpoints(path):
     """Raises UserError if the work directory `path` holds checkpoints."""
     if _steps(pathlib.Path(lock.folder(path)) / "checkpoints"):
-        raise errors.UserError(f"{path} already holds checkpoints; use another --workdir")
+        raise errors.UserError(f"{path} already holds checkpoints; use another workdir")
 
 
 def _steps(root):
@@ -327,26 +303,3 @@ def _attempt(folder, read):
             return None, files.reason(error)
         # With intact files it is memory, sharding or a library, and every other step would fail too.
         raise errors.UserError(f"{folder} cannot be used: {files.reason(error)}") from error
-
-
-def _require_identity(root, text):
-    """Writes the identity `text`, or raises UserError if the checkpoints here are those of another."""
-    identity, steps, problem = json.loads(text), _steps(root), ""
-    saved, source = provenance.find(root, [root / str(step) for step in steps]) if steps else (None, None)
-    lines = provenance.differences(saved, identity) if saved is not None else []
-    if lines:
-        advice = parameters.shortened(lines, 5)
-        raise errors.UserError(f"{root} holds checkpoints of another run ({advice}); use another --workdir")
-    processes.agreed(True)  # all have read it
-    if jax.process_index() == 0 and source != root:
-        if steps:
-            what = f"taken from {source}" if source else "not known: taken for those of this config"
-            print(f"{root / provenance.NAME} cannot be used; the run of these checkpoints is {what}", file=sys.stderr)
-        try:
-            files.write_text(root / provenance.NAME, text)
-        except OSError as error:
-            problem = f"cannot write to {root}: {files.reason(error)}"
-    if not processes.agreed(not problem):
-        raise errors.UserError(f"--workdir: {problem or f'the first process cannot write to {root}'}")
-    if not processes.agreed((root / provenance.NAME).exists()):
-        raise errors.UserError(f"--workdir {root.parent}: not the same folder for all processes; give one that they share")

@@ -44,15 +44,15 @@ def export_weights(workdir: str, paths: list[str], output: str, layout: str, ema
     networks = {name: params[name] for name in params if name in needed}
     print(f"{workdir}: {'averaged' if info['ema'] else 'raw'} parameters of step {info['step']}: {', '.join(networks) or 'none needed'}")
     networks = collect(networks, paths, needed)
-    weights.check_frozen(f"--weights: {workdir}", info["identity"], {name: networks[name] for name in networks if name not in params})
+    weights.check_frozen(f"weights: {workdir}", info["identity"], {name: networks[name] for name in networks if name not in params})
     missing = needed - networks.keys()
     if missing - OPTIONAL.get(layout, set()):
         raise errors.UserError(
-            f"--layout={layout}: no {' and no '.join(sorted(missing))} in {', '.join([workdir, *paths])}; "
-            "give a run folder or weight file for each as --weights=PATH"
+            f"layout={layout}: no {' and no '.join(sorted(missing))} in {', '.join([workdir, *paths])}; "
+            "give a run folder or weight file for each as weights=PATH"
         )
     if missing:
-        print(f"{output}: without {', '.join(missing)}, which the official code may ask for; --weights=PATH adds it")
+        print(f"{output}: without {', '.join(missing)}, which the official code may ask for; weights=PATH adds it")
     tensors = layouts.arrange(layout, networks)
     print(f"{output}: writing {len(tensors)} tensors, {sum(array.nbytes for array in tensors.values()) / 1e6:.0f} MB")
     weight_files.write(output, tensors, layouts.WRITABLE[layout].wrapper)
@@ -61,7 +61,7 @@ def export_weights(workdir: str, paths: list[str], output: str, layout: str, ema
 def require(**flags) -> None:
     for name, value in flags.items():
         if not value:
-            raise errors.UserError(f"--{name} is missing; see --help")
+            raise errors.UserError(f"{name} is missing")
 
 
 def collect(networks: dict, paths: list[str], wanted=None) -> dict:

@@ -25,6 +25,8 @@ def load(path: str, init, config: vit.Config, field: str) -> dict:
       field: the config field that holds `path`, for messages.
     Raises UserError naming the field when the path is missing or holds no encoder of these sizes.
     """
+    if path == weights.SHAPES:
+        return jax.eval_shape(init, jax.random.key(0))
     if path == weights.RANDOM:
         return jax.tree.map(np.asarray, jax.jit(init)(jax.random.key(0)))
     if not os.path.exists(path):

@@ -11,7 +11,7 @@ import numpy as np
 
 from addp_jax import errors, parameters, partition, schema
 from addp_jax.models import convnet, inception, pixel_to_token
-from addp_jax.weights import checkpoint, weight_files
+from addp_jax.weights import checkpoint, torch_nets, weight_files
 
 INCEPTION = "inception"
 KNOWN = ("fc.weight", "features.0.weight", "lin0.model.1.weight")  # a tensor of Inception, VGG16 and LPIPS each
@@ -56,7 +56,7 @@ def load(features: str, weights: str, mesh, field: str, weights_field: str) -> F
     Raises UserError naming the field when there are no such weights or they do not fit.
     """
     if features == INCEPTION:
-        params = read_weights(weights, inception.params_from_torch, weights_field, "pt_inception-2015-12-05-6726825d")
+        params = read_weights(weights, torch_nets.inception_params, weights_field, "pt_inception-2015-12-05-6726825d")
         apply = lambda params, image: inception.Inception().apply({"params": params}, image)
         return FeatureNet(INCEPTION, params, apply, 0, mesh)
     params, info = checkpoint.load_params(features, ema=True)

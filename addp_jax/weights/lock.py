@@ -44,7 +44,7 @@ KINDS = {"host": str, "boot": str, "pid": int, "start": str, "since": str}
 
 
 @contextlib.contextmanager
-def hold(workdir: str | os.PathLike, name: str = "--workdir") -> Iterator[None]:
+def hold(workdir: str | os.PathLike, name: str = "workdir") -> Iterator[None]:
     """Keeps other runs out of `workdir`, which is made where it is missing, while the block runs.
 
     Of several processes the first one holds the lock for all; every process must enter. The file is removed at the end.
@@ -67,7 +67,7 @@ def hold(workdir: str | os.PathLike, name: str = "--workdir") -> Iterator[None]:
             held.release()
 
 
-def folder(workdir: str | os.PathLike, name: str = "--workdir") -> str:
+def folder(workdir: str | os.PathLike, name: str = "workdir") -> str:
     """The absolute path of a work directory. Raises UserError for a URL, which is no folder."""
     if "://" in os.fspath(workdir):
         raise errors.UserError(f"{name} {workdir} is a URL: mount the bucket and give a folder")

@@ -11,8 +11,11 @@ import contextlib
 import json
 import os
 import pathlib
+import sys
 
-from addp_jax import errors, files, parameters
+import jax
+
+from addp_jax import errors, files, parameters, processes
 from addp_jax.weights import manifest
 
 NAME = "identity.json"
@@ -73,6 +76,29 @@ def find(root: pathlib.Path, folders: list[pathlib.Path]) -> tuple[dict | None, 
         advice = "put back a copy of it, or delete it to take these checkpoints for those of your config"
         raise errors.UserError(f"cannot read {root / NAME} ({problem}): {advice}")
     return None, None
+
+
+def require(root: pathlib.Path, steps: list[pathlib.Path], text: str) -> None:
+    """Writes the identity `text` to `root`, or raises UserError if the checkpoints `steps` there are those of another run."""
+    identity, problem = json.loads(text), ""
+    saved, source = find(root, steps) if steps else (None, None)
+    lines = differences(saved, identity) if saved is not None else []
+    if lines:
+        advice = parameters.shortened(lines, 5)
+        raise errors.UserError(f"{root} holds checkpoints of another run ({advice}); use another workdir")
+    processes.agreed(True)  # all have read it
+    if jax.process_index() == 0 and source != root:
+        if steps:
+            what = f"taken from {source}" if source else "not known: taken for those of this config"
+            print(f"{root / NAME} cannot be used; the run of these checkpoints is {what}", file=sys.stderr)
+        try:
+            files.write_text(root / NAME, text)
+        except OSError as error:
+            problem = f"cannot write to {root}: {files.reason(error)}"
+    if not processes.agreed(not problem):
+        raise errors.UserError(f"workdir: {problem or f'the first process cannot write to {root}'}")
+    if not processes.agreed((root / NAME).exists()):
+        raise errors.UserError(f"workdir {root.parent}: not the same folder for all processes; give one that they share")
 
 
 def _parsed(data: bytes) -> dict:

@@ -234,11 +234,11 @@ def check_output(path: str, force: bool) -> None:
     if extension in TORCH:
         import_torch(path)
     elif extension != ".safetensors":
-        raise errors.UserError(f"--output={path}: give a name that ends in .safetensors or {', '.join(TORCH)}")
+        raise errors.UserError(f"output={path}: give a name that ends in .safetensors or {', '.join(TORCH)}")
     if not os.path.isdir(os.path.dirname(path) or "."):
-        raise errors.UserError(f"--output={path}: there is no folder {os.path.dirname(path)}")
+        raise errors.UserError(f"output={path}: there is no folder {os.path.dirname(path)}")
     if os.path.exists(path) and not force:
-        raise errors.UserError(f"--output={path}: there is such a file already; --force replaces it")
+        raise errors.UserError(f"output={path}: there is such a file already; force replaces it")
 
 
 def write(path: str, tensors: dict[str, np.ndarray], wrapper: str) -> None:
