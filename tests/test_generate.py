@@ -19,6 +19,8 @@ from addp_jax import errors, samplers
 from addp_jax.generation import generate, sweep
 from addp_jax.training import evaluate
 
+pytestmark = pytest.mark.medium
+
 S = 16
 STEPS = {"model__sampler__steps": 3}
 KILLS = (30, 90)  # images after which the process is killed

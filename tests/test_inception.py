@@ -9,7 +9,7 @@ import pytest
 
 from addp_jax.models import inception
 
-pytestmark = pytest.mark.golden
+pytestmark = [pytest.mark.golden, pytest.mark.medium]
 
 AGREEMENT = 1e-3  # of the largest feature
 LEAST_FEATURES = {"pool": 256, "logits": 126, "spatial": 127}  # every 8th or 16th of two images
