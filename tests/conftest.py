@@ -1,38 +1,88 @@
-"""Test-wide settings: eight fake CPU devices, strict shapes, a shared compilation cache."""
+"""Test-wide settings: eight fake CPU devices, strict shapes, a shared compilation cache, programs that compile quickly.
 
+Compiling is most of the time, so the compiler leaves its optimisations out. The modules marked `golden` compare with
+numbers of other code, and so compile as users do.
+"""
+
+import ctypes
+import gc
 import os
+import resource
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiling is most of the time: without the optimiser's passes it takes a third less.
-SETTINGS = " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + SETTINGS
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/addp_jax/xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax  # noqa: E402  (the environment above must be set first)
 from absl import flags  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_disable_most_optimizations", True)
 flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl flags
 
 import pytest  # noqa: E402
 
 from addp_jax import partition
 
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: a longer run of a test that is there at a shorter length; left out unless --slow")
+MARKERS = {
+    "golden": "a whole module that compares with numbers of other code; its programs are optimised as users' are",
+    "medium": "takes a while; left out with --fast",
+    "slow": "a longer run of a test that is there at a shorter length; left out unless --slow",
+}
+peaks = []  # largest resident memory of each finished test process, GiB
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--fast", action="store_true", help="leave out the tests marked medium")
+
+
+def pytest_configure(config):
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="slow: give --slow"))
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: give --slow"))
+        if item.get_closest_marker("medium") and config.getoption("--fast"):
+            item.add_marker(pytest.mark.skip(reason="medium: leave out --fast"))
+
+
+def pytest_sessionfinish(session):
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts in bytes, Linux in KiB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        session.config.workeroutput["peak"] = peak
+    else:
+        peaks.append(peak)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    if not error:
+        peaks.append(node.workeroutput["peak"])
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line(f"peak memory of a test process: {max(peaks, default=0):.1f} GiB")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_module(request):
+    """The module's optimisation level; its programs are dropped at its end, or they pile up to gigabytes."""
+    if request.node.get_closest_marker("golden"):
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.clear_caches()
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # returns the freed memory
 
 
 @pytest.fixture(scope="session", autouse=True)

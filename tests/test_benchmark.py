@@ -9,6 +9,8 @@ import programs
 from addp_jax import partition
 from addp_jax.planning import benchmark, flops
 
+pytestmark = pytest.mark.medium
+
 PARTS = {
     "training step": {
         "training step", "Tokenizer.encode", "TokenPredictor.encode", "TokenPredictor.decode", "Tokenizer.decode",

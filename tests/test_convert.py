@@ -21,6 +21,8 @@ from addp_jax.program import create_training
 from addp_jax.training import loop
 from addp_jax.weights import checkpoint, convert, layouts
 
+pytestmark = pytest.mark.medium
+
 ROUND_TRIP = 1e-4  # largest deviation over largest magnitude, of logits and of input gradients
 MASKED = 9  # of the tiny image's 16 tokens
 HEADS = (2, 2)

@@ -6,6 +6,8 @@ import pytest
 
 from addp_jax.data import benchmark
 
+pytestmark = pytest.mark.medium
+
 
 def test_benchmark_prints_rates_and_the_cores_they_ask_for(capsys):
     benchmark.main(["--images-per-second", "1000", "--seconds", "0.05"])

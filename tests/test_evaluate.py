@@ -17,6 +17,8 @@ from addp_jax.program import Evaluation, create_training
 from addp_jax.training import evaluate, loop
 from addp_jax.weights import checkpoint
 
+pytestmark = pytest.mark.medium
+
 NET = dict(image_size=16, patch_size=2, channels=8, multipliers=(1, 2), num_groups=4, num_classes=8)
 SAME = 1e-4  # relative; float32 features of the same images in other batches
 PREDICTOR = {"model__tokenizer_weights": "random", "model__sampler__steps": 2}

@@ -21,6 +21,8 @@ from addp_jax.ops import images
 from addp_jax.program import create_training
 from addp_jax.training import evaluate
 
+pytestmark = pytest.mark.medium
+
 S = 16
 STEPS = {"model__sampler__steps": 3}
 KILLS = (30, 90)  # images after which the process is killed

@@ -10,6 +10,8 @@ import pytest
 from addp_jax.models import inception
 from addp_jax.weights import torch_nets
 
+pytestmark = [pytest.mark.golden, pytest.mark.medium]
+
 AGREEMENT = 1e-3  # of the largest feature
 LEAST_FEATURES = {"pool": 256, "logits": 126, "spatial": 127}  # every 8th or 16th of two images
 

@@ -15,6 +15,8 @@ import pytest
 from addp_jax import errors
 from addp_jax.weights import lock
 
+pytestmark = pytest.mark.medium
+
 HOLD = """
 import os, sys, time
 from addp_jax.weights import lock

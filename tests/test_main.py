@@ -15,6 +15,8 @@ from PIL import Image
 from addp_jax import main
 from addp_jax.weights import checkpoint
 
+pytestmark = pytest.mark.medium
+
 TINY = "--config=configs/demo_tokenizer.py:tiny"
 FOLDER = ("--config.data.source=image_folder", "--config.data.num_train=0", "--config.data.num_eval=0")
 

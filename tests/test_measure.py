@@ -12,6 +12,8 @@ from addp_jax.measuring import measure
 from addp_jax.models import convnet
 from addp_jax.weights import checkpoint, feature_nets
 
+pytestmark = pytest.mark.medium
+
 NET = dict(image_size=16, patch_size=2, channels=8, multipliers=(1, 2), num_groups=4, num_classes=8)
 SAME = 1e-4  # relative; float32 features of the same images in other batches
 

@@ -8,6 +8,8 @@ import released
 from addp_jax import errors, optim, parameters, program
 from addp_jax.models import heads
 
+pytestmark = pytest.mark.golden
+
 
 @pytest.mark.parametrize("name", ["pre_base", "pre_large", "ft_base", "ft_large"])
 def test_learning_rate_is_the_releases_at_its_fractional_epochs(name):

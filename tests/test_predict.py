@@ -17,6 +17,8 @@ from addp_jax.program import create, create_training
 from addp_jax.recognition import predict, robustness
 from addp_jax.weights import checkpoint
 
+pytestmark = pytest.mark.medium
+
 WNIDS = [f"n{number:08d}" for number in range(8)]
 
 

@@ -19,6 +19,8 @@ import pytest
 from addp_jax import errors, partition, processes
 from addp_jax.weights import checkpoint
 
+pytestmark = pytest.mark.medium
+
 STEPS = 40
 FLAGS = (
     f"--config.steps={STEPS}", "--config.model.encoder_weights=", "--config.checkpoint.every=5", "--config.eval_every=20",

@@ -16,6 +16,8 @@ from addp_jax.generation import generate
 from addp_jax.training import evaluate, loop
 from addp_jax.weights import checkpoint, lock
 
+pytestmark = pytest.mark.medium
+
 
 @pytest.fixture(scope="module")
 def other_tokenizer(tmp_path_factory):

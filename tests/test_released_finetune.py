@@ -18,6 +18,8 @@ from addp_jax.models import heads, layers, vit
 from addp_jax.ops import mixup
 from addp_jax.weights import pytorch
 
+pytestmark = [pytest.mark.golden, pytest.mark.medium]
+
 NETWORK = 2e-5  # of the largest value
 GRADIENT = 2e-4
 MIXED = 1e-6

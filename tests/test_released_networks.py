@@ -15,6 +15,8 @@ from addp_jax.codecs import vqgan
 from addp_jax.models import pixel_to_token, token_predictor
 from addp_jax.weights import pytorch
 
+pytestmark = pytest.mark.golden
+
 # Largest deviation over largest magnitude. The released code's own float32 noise, measured against float64,
 # is 1e-6 to 2e-5 on these quantities.
 NETWORK = 3e-5

@@ -13,6 +13,8 @@ from addp_jax.codecs import vqgan
 from addp_jax.models import pixel_to_token
 from addp_jax.samplers import alternating
 
+pytestmark = pytest.mark.golden
+
 LOGITS = 1e-4  # relative to the largest; float32 noise grows along a trajectory
 CHECKSUM = 2e-5  # of the sum of magnitudes
 RUNS = {

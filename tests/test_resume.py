@@ -5,9 +5,12 @@ import time
 
 import jax
 import numpy as np
+import pytest
 import test_main
 
 from addp_jax.weights import checkpoint
+
+pytestmark = pytest.mark.medium
 
 STEPS = 150
 KILLS = 10
