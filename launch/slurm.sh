@@ -11,7 +11,8 @@ launch/slurm.sh [SBATCH OPTION...] CONFIG WORKDIR [FLAG...]
 
 Submits a job; inside one (salloc) it runs at once. A job that is preempted or loses a node is queued again by Slurm; one
 that reaches its time limit saves two minutes before and queues itself again. Both go on where they were.
-PYTHON: the interpreter (default .venv/bin/python).
+PYTHON: the interpreter (default .venv/bin/python, which is installed for ACCELERATOR before the job is submitted: cuda12
+unless that is set to cuda13, which needs newer drivers).
 HELP
 }
 set -euo pipefail
@@ -24,6 +25,9 @@ shift 2
 case $workdir in /*) ;; *) workdir=$PWD/$workdir ;; esac
 cd "$(dirname "$0")/.."
 
+if [ -z "${PYTHON:-}" ] && { [ -z "${SLURM_JOB_ID:-}" ] || [ ! -x .venv/bin/python ]; }; then # compute nodes may be offline
+    VENV=$PWD/.venv ACCELERATOR=${ACCELERATOR:-cuda12} bash launch/setup.sh # a login node has no GPU to find
+fi
 if [ -z "${SLURM_JOB_ID:-}" ]; then
     mkdir -p "$workdir"
     exec sbatch --requeue --open-mode=append --signal=B:USR1@120 --job-name=addp_jax --output="$workdir/slurm-%j.out" \
