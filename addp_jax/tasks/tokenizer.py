@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from addp_jax import codecs, errors, partition, schema, tasks
+from addp_jax import codecs, errors, partition, pictures, schema, tasks
 from addp_jax.codecs import vqgan
 from addp_jax.metrics import reconstruction
 from addp_jax.models import discriminator, perceptual
@@ -142,16 +142,16 @@ class Task(tasks.Autoencoder):
     def evaluate(self, params, frozen, batches):
         """Exact means over the valid examples of `mse`, `psnr`, `ssim` and, with its weights, `lpips` (of clipped
         reconstructions), and how many codes the whole set uses; the picture has reconstructions below their originals."""
-        totals, pictures = None, None
+        totals, first = None, None
         lpips = self._lpips_weights()
         for batch in batches:
             sums, shown = jax.device_get(self._jitted_statistics(params, frozen, lpips, batch))
             sums = jax.tree.map(np.float64, sums)
             totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
-            pictures = shown if pictures is None else pictures
+            first = shown if first is None else first
         counts, examples = totals.pop("counts"), totals.pop("examples")
         scalars = {name: total / examples for name, total in totals.items()} | code_statistics(counts, np)
-        originals, reconstructions, valid = pictures
+        originals, reconstructions, valid = first
         rows = np.concatenate([originals[valid], reconstructions[valid]])
         grid = pictures.grid(rows, columns=int(valid.sum())).astype(np.float32) / 255
         return tasks.Results({name: float(value) for name, value in scalars.items()}, {"reconstructions": grid})
