@@ -11,8 +11,8 @@ launch/slurm.sh [SBATCH OPTION...] CONFIG WORKDIR [FLAG...]
 
 Submits a job; inside one (salloc) it runs at once. A job that is preempted or loses a node is queued again by Slurm; one
 that reaches its time limit saves two minutes before and queues itself again. Both go on where they were.
-PYTHON: the interpreter (default .venv/bin/python, which is installed for ACCELERATOR before the job is submitted: cuda12
-unless that is set to cuda13, which needs newer drivers).
+PYTHON: the interpreter. Default: .venv/bin/python, which is installed for ACCELERATOR before the job is submitted: cuda12,
+or cuda13 where that is set and the nodes' drivers are new enough.
 HELP
 }
 set -euo pipefail
@@ -25,8 +25,9 @@ shift 2
 case $workdir in /*) ;; *) workdir=$PWD/$workdir ;; esac
 cd "$(dirname "$0")/.."
 
-if [ -z "${PYTHON:-}" ] && { [ -z "${SLURM_JOB_ID:-}" ] || [ ! -x .venv/bin/python ]; }; then # compute nodes may be offline
-    VENV=$PWD/.venv ACCELERATOR=${ACCELERATOR:-cuda12} bash launch/setup.sh # a login node has no GPU to find
+python=${PYTHON:-${VENV:-.venv}/bin/python}
+if [ -z "${PYTHON:-}" ] && { [ -z "${SLURM_JOB_ID:-}" ] || [ ! -x "$python" ]; }; then # compute nodes may be offline
+    ACCELERATOR=${ACCELERATOR:-cuda12} bash launch/setup.sh # a login node has no GPU to find
 fi
 if [ -z "${SLURM_JOB_ID:-}" ]; then
     mkdir -p "$workdir"
@@ -34,7 +35,6 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
         "${options[@]}" --chdir="$PWD" --wrap="exec launch/slurm.sh$(printf ' %q' "$config" "$workdir" "$@")"
 fi
 
-python=${PYTHON:-.venv/bin/python}
 gpus=${SLURM_GPUS_ON_NODE:-1} limit=no
 srun --kill-on-bad-exit=1 --ntasks-per-node="$gpus" --cpus-per-task=$((SLURM_CPUS_ON_NODE / gpus)) \
     "$python" -m addp_jax.main --distributed --config="$config" --workdir="$workdir" "$@" &
