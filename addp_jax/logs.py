@@ -2,7 +2,9 @@
 
     <workdir>/tensorboard/...                  scalars, images
     <workdir>/log.jsonl                        {"step": 10, "time": 1.7e9, "loss": 3.2} per call
+    <workdir>/tensorboard/plugins/profile/...  what the devices did in a few steps, if asked for
     <workdir>/pictures/<name>_<step>.png       every image, also without TensorBoard
+    <workdir>/parameters.txt                   name, shape, dtype, size and sharding of every trained parameter
 
 Only host 0 reports; on the others everything here is made with `enabled=False` and does nothing.
 
@@ -21,6 +23,8 @@ import shutil
 import sys
 import time
 
+import jax
+from clu import parameter_overview, profiler
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 
@@ -77,7 +81,8 @@ class Writer:
             return
         images = {name: pictures.to_uint8(image) for name, image in images.items()}
         with self._naming_errors():
-            pictures.save_pictures(self._workdir / "pictures", {f"{name}_{step:07d}": image for name, image in images.items()})
+            named = {f"{name}_{step:07d}": image for name, image in images.items()}
+            pictures.save_pictures(self._workdir / "pictures", named)
             for name, image in images.items():
                 self._write(step, summary=summary.image(name, image, dataformats="HWC"))
 
@@ -103,6 +108,52 @@ def _naming_errors(action):
         yield
     except OSError as error:
         raise errors.UserError(f"cannot {action}: {files.reason(error)}") from error
+
+
+def parameters(workdir, networks: dict) -> str:
+    """Writes the table `<workdir>/parameters.txt`; returns one line: how many there are, in all and in each network.
+
+    networks: {name: nested dict whose leaves have shape, dtype and, if any, sharding}.
+    """
+    path = pathlib.Path(workdir) / "parameters.txt"
+    with _naming_errors(f"write {path}"):
+        files.write_text(path, parameter_overview.get_parameter_overview(networks, include_stats="sharding") + "\n")
+    counts = {name: int(parameter_overview.count_parameters(net)) for name, net in networks.items()}
+    each = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    return f"{sum(counts.values()):,} trained parameters ({each}); {path} lists them"
+
+
+class Trace:
+    """A profile of the steps `first` to `first + STEPS - 1` for TensorBoard. Traces nothing with `enabled=False`."""
+
+    STEPS = 5
+
+    def __init__(self, workdir, first: int, enabled=True):
+        """first: counted from 1."""
+        self._workdir, self._first, self._enabled, self._running = pathlib.Path(workdir), first, enabled, False
+
+    def before(self, step: int) -> None:
+        """To be called before each step is dispatched."""
+        if self._enabled and step == self._first:
+            with self._naming_errors():
+                profiler.start(str(self._workdir / "tensorboard"))
+            self._running = True
+
+    def after(self, step: int, outputs, last=False) -> None:
+        """To be called after each; waits for `outputs` of the last one that is traced. last: no other one follows."""
+        if self._running and (last or step == self._first + self.STEPS - 1):
+            jax.block_until_ready(outputs)
+            self.close()
+
+    def close(self) -> None:
+        """Writes what has been traced."""
+        if self._running:
+            self._running = False
+            with self._naming_errors():
+                profiler.stop()
+
+    def _naming_errors(self):
+        return _naming_errors(f"write the profile of config.profile to {self._workdir}")
 
 
 class Progress:
@@ -219,7 +270,7 @@ def _drop_later_lines(path, start_step):
 
 
 def _read_log(path):
-    """The log's lines as {"step": int, name: finite float or None}; torn lines and what else is no such line are left out."""
+    """The log's lines as {"step": int, name: finite float or None}; what else there is is left out."""
     lines = []
     for text in files.read_bytes(path).decode("utf-8", "replace").split("\n"):
         try:
@@ -227,8 +278,8 @@ def _read_log(path):
         except (ValueError, RecursionError):
             continue
         if isinstance(line, dict) and type(line.get("step")) is int and 0 <= line["step"] < 2**63:
-            values = {name: _finite(value) for name, value in line.items() if value is None or type(value) in (int, float)}
-            lines.append(values | {"step": line["step"]})
+            numbers = {name: value for name, value in line.items() if value is None or type(value) in (int, float)}
+            lines.append({name: _finite(value) for name, value in numbers.items()} | {"step": line["step"]})
     return lines
 
 

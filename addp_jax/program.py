@@ -1,12 +1,14 @@
 """One object per program: a config's task on a mesh, its data, and how trained networks get into it; and its training.
 
-A network is used only with what it was trained with: `Program.read` and `weights.check_frozen` compare the record that a
-run keeps of itself (`training.loop.identity`) with the present config and weights, in every mode.
+A network is used only with what it was trained with: `Program.read` and `weights.check_frozen` compare the record that
+a run keeps of itself (`training.loop.identity`) with the present config and weights, in every mode.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
+import typing
 from typing import Any
 
 import flax.struct
@@ -50,6 +52,9 @@ class Config:
     eval_every: int = schema.field(5000, least=1, matters=schema.NOTHING, tiny=4)  # steps
     # Batches per evaluation while training, spread over the split; 0 = the whole split.
     eval_batches: int = schema.field(8, least=0, matters=schema.NOTHING, tiny=1)
+    # The first of a few steps of which TensorBoard's profiler shows what the devices do; 0 = none. A run that resumes beyond it
+    # traces nothing.
+    profile: int = schema.field(0, least=0, matters=schema.NOTHING)
     data: pipeline.Config = pipeline.Config()
     optim: optim.Config = optim.Config()
     mesh: partition.Config = schema.field(partition.Config(), matters=schema.NOTHING)
@@ -74,7 +79,7 @@ class Program:
         return self.opened[split]
 
     def read(self, workdir: str) -> tuple[dict, dict]:
-        """`(parameters as numpy arrays, identity)` of the newest checkpoint in `workdir`, averaged where there is an average.
+        """`(parameters as numpy arrays, identity)` of the newest checkpoint in `workdir`; averages if it has them.
 
         Raises UserError if the run is one of another task or had other settings of its networks.
         """
@@ -84,15 +89,14 @@ class Program:
         if "model" in identity:  # imported weights have no record of their settings
             saved = {"task": identity.get("task"), "model": _common(identity["model"], own["model"])}
             if lines := provenance.differences(saved, own):
-                raise errors.UserError(
-                    f"{workdir} was trained with other settings ({parameters.shortened(lines, SHOWN)}); use those of the run"
-                )
+                shown = parameters.shortened(lines, SHOWN)
+                raise errors.UserError(f"{workdir} was trained with other settings ({shown}); use those of the run")
         params = weights.fit(params, self.params, workdir)
         print(f"{workdir}: parameters of step {info['step']}")
         return params, identity
 
     def load(self, workdir: str):
-        """`((parameters, frozen networks) on the mesh, identity)`: parameters laid out as in training, the others whole."""
+        """`((parameters, frozen networks) on the mesh, identity)`; the parameters are laid out as in training."""
         params, identity = self.read(workdir)
         frozen = self.task.load_frozen()
         weights.check_frozen(workdir, identity, frozen)
@@ -102,7 +106,7 @@ class Program:
     def load_for_sampling(self, workdir: str):
         """`(parameters, frozen networks)` as numpy arrays: those that sampling needs."""
         params, identity = self.read(workdir)
-        frozen = self.task.load_for_sampling()
+        frozen = typing.cast(tasks.Generator, self.task).load_for_sampling()  # modes that sample take no other task
         weights.check_frozen(workdir, identity, frozen)
         return params, frozen
 
@@ -111,7 +115,7 @@ class Program:
         return partition.put(self.compact(networks), partition.replicated(self.mesh))
 
     def compact(self, networks):
-        """Networks as they are kept on the devices: kernels in the dtype of the computation where the task allows it."""
+        """Networks as devices keep them: kernels in the dtype of the computation where the task allows it."""
         dtype = partition.compute_dtype(self.config.dtype, self.mesh)
         return parameters.compact(networks, self.task.compact, dtype)
 
@@ -199,8 +203,8 @@ class TrainingProgram(Program):
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and shardings of a training batch."""
         sharding, size = partition.batch_sharding(self.mesh), self.config.batch_size
-        example = self.task.example.items()
-        return {name: jax.ShapeDtypeStruct((size, *shape.shape), shape.dtype, sharding=sharding) for name, shape in example}
+        stack = lambda one: jax.ShapeDtypeStruct((size, *one.shape), one.dtype, sharding=sharding)
+        return {name: stack(one) for name, one in self.task.example.items()}
 
 
 def require_divisible_batch(config: Config, mesh) -> None:
@@ -243,7 +247,8 @@ def create_training(config: Config, num_train: int = 0, mesh=None) -> TrainingPr
     )
     state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, layout)
     init = jax.jit(init, out_shardings=layout)
-    return TrainingProgram(config, task, mesh, state.params, base.opened, length=length, init=init, step=step, state=state)
+    functions = dict(init=init, step=step)
+    return TrainingProgram(config, task, mesh, state.params, base.opened, length=length, state=state, **functions)
 
 
 def check_classes(where: str, recorded, source) -> None:
@@ -264,4 +269,5 @@ def _common(saved: dict, own: dict) -> dict:
     """`saved` without the fields that `own` does not name."""
     if not isinstance(saved, dict):
         return saved
-    return {name: _common(saved[name], own[name]) if isinstance(own[name], dict) else saved[name] for name in own if name in saved}
+    shared = {name: (saved[name], own[name]) for name in own if name in saved}
+    return {name: _common(*pair) if isinstance(pair[1], dict) else pair[0] for name, pair in shared.items()}

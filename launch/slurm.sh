@@ -11,7 +11,8 @@ launch/slurm.sh [SBATCH OPTION...] CONFIG WORKDIR [FLAG...]
 
 Submits a job; inside one (salloc) it runs at once. A job that is preempted or loses a node is queued again by Slurm; one
 that reaches its time limit saves two minutes before and queues itself again. Both go on where they were.
-PYTHON: the interpreter (default .venv/bin/python).
+PYTHON: the interpreter. Default: .venv/bin/python, which is installed for ACCELERATOR before the job is submitted: cuda12,
+or cuda13 where that is set and the nodes' drivers are new enough.
 HELP
 }
 set -euo pipefail
@@ -24,13 +25,16 @@ shift 2
 case $workdir in /*) ;; *) workdir=$PWD/$workdir ;; esac
 cd "$(dirname "$0")/.."
 
+python=${PYTHON:-${VENV:-.venv}/bin/python}
+if [ -z "${PYTHON:-}" ] && { [ -z "${SLURM_JOB_ID:-}" ] || [ ! -x "$python" ]; }; then # compute nodes may be offline
+    ACCELERATOR=${ACCELERATOR:-cuda12} bash launch/setup.sh # a login node has no GPU to find
+fi
 if [ -z "${SLURM_JOB_ID:-}" ]; then
     mkdir -p "$workdir"
     exec sbatch --requeue --open-mode=append --signal=B:USR1@120 --job-name=addp_jax --output="$workdir/slurm-%j.out" \
         "${options[@]}" --chdir="$PWD" --wrap="exec launch/slurm.sh$(printf ' %q' "$config" "$workdir" "$@")"
 fi
 
-python=${PYTHON:-.venv/bin/python}
 gpus=${SLURM_GPUS_ON_NODE:-1} limit=no
 srun --kill-on-bad-exit=1 --ntasks-per-node="$gpus" --cpus-per-task=$((SLURM_CPUS_ON_NODE / gpus)) \
     "$python" -m addp_jax.main --distributed --config="$config" --workdir="$workdir" "$@" &

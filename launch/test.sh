@@ -1,7 +1,16 @@
 #!/usr/bin/env bash
-# Sets everything up and runs the tests. Arguments go to pytest: launch/test.sh -k sampling
-# --fast leaves out the tests that take a while, --slow adds the longest ones.
+# Sets everything up and runs the tests.
+usage() {
+    cat <<'HELP'
+launch/test.sh [--fast] [--slow] [ARGUMENT...]
+
+  --fast        a few minutes at most: leaves out the tests that are marked medium or slow
+  --slow        also those marked slow; the default leaves only these out
+  ARGUMENT...   for pytest: -k sampling, -x, ...
+HELP
+}
 set -euo pipefail
+case ${1:-} in -h | --help) usage; exit 0 ;; esac
 # shellcheck source=launch/setup.sh
 . "$(dirname "$0")/setup.sh"
 exec python -m pytest tests --numprocesses=2 --dist=loadfile "$@"

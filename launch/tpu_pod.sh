@@ -81,7 +81,7 @@ install() { # the images' own Python is too old
         tpus tpu-vm scp "$archive/addp_jax.tar.gz" "$name:" --worker=all &&
         on_all "set -e; mkdir -p addp_jax; tar xzf addp_jax.tar.gz -C addp_jax; cd addp_jax; python3 -m pip install --quiet --user uv
             [ -d .venv ] || ~/.local/bin/uv venv --quiet --python 3.12
-            ~/.local/bin/uv pip install --quiet -e . 'jax[tpu]'"
+            ~/.local/bin/uv pip install --quiet -e '.[tpu]'"
     local status=$?
     rm -r "$archive"
     return $status

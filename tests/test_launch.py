@@ -24,7 +24,8 @@ class Tools:
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
-        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+        outer = ("SLURM_", "TPU_", "ACCELERATOR", "EXTRAS", "VENV", "PYTHON")  # PYTHONPATH too
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith(outer)}
         self.environment |= {"PATH": f"{folder}:{os.environ['PATH']}", "TOOLS": str(folder)}
 
     def add(self, name: str, body: str = "") -> str:
@@ -79,6 +80,99 @@ def test_a_launcher_sets_no_field_of_a_config(script):
     code = [line for line in (LAUNCH / script).read_text().splitlines() if not line.startswith("#")]
     code = "\n".join(code).split("HELP\n}")[-1]  # without the help text
     assert "--config." not in code and "--config=" in code
+
+
+# --- what is installed --------------------------------------------------------------------------
+
+# Stands for every python: makes a virtual environment that holds a copy of itself.
+FAKE_INSTALLER = """
+case "$*" in
+    "-m venv "*)
+        folder=${*: -1}
+        case "$*" in *--clear*) rm -r "$folder" ;; esac
+        mkdir -p "$folder/bin"; touch "$folder/bin/activate"; cp "$0" "$folder/bin/python" ;;
+    *"-m pip "*) exit "${PIP_STATUS:-0}" ;;
+esac
+"""
+
+
+@pytest.fixture
+def installer(tools):
+    """Tools on a machine without an accelerator, where python and pip only note what they are asked."""
+    tools.add("nvidia-smi", "exit 9")
+    for name in ("python3.12", "python"):
+        tools.add(name, FAKE_INSTALLER)
+    tools.environment |= {"VENV": str(tools.folder / "venv"), "HARDWARE_ROOT": str(tools.folder)}
+    return tools
+
+
+def installed(tools) -> list[str]:
+    """What pip was asked to install."""
+    return [call.split()[-1] for call in tools.calls if "-m pip install" in call]
+
+
+def nvidia_smi(cuda: str, capability: str) -> str:
+    header = f"| NVIDIA-SMI 580.1    Driver Version: 580.1    CUDA Version: {cuda}   |"
+    return f'case "$*" in *compute_cap*) printf "{capability}" ;; "") echo "{header}" ;; esac'
+
+
+@pytest.mark.parametrize("cuda, capability, extra", [
+    ("12.4", "9.0", "cuda12"), ("13.0", r"9.0\n9.0", "cuda13"), ("13.1", "12.0", "cuda13"), ("13.0", "7.5", "cuda13"),
+    ("13.0", r"9.0\n7.0", "cuda12"),  # CUDA 13 does without Volta
+    ("12.2", "[N/A]", "cuda12"), ("N/A", "8.0", "cuda12"),
+])  # fmt: skip
+def test_a_gpu_gets_the_jax_of_its_cuda(cuda, capability, extra, installer):
+    installer.add("nvidia-smi", nvidia_smi(cuda, capability))
+    status, output, problems = installer.call("test.sh", "-k", "sampling")
+    assert status == 0, output + problems
+    assert installed(installer) == [f".[test,{extra}]"]
+    [line] = output.splitlines()
+    assert f" for {extra} (nvidia-smi says CUDA" in line and "ACCELERATOR=cpu, cuda12, cuda13 or tpu" in line
+
+
+@pytest.mark.parametrize("device, machine, variables, extra", [
+    ("accel0", "Google Compute Engine", {}, "test,tpu"), ("vfio/0", "Google Compute Engine", {}, "test,tpu"),
+    ("accel0", "", {"TPU_WORKER_ID": "0"}, "test,tpu"),
+    ("accel/accel0", "Google Compute Engine", {}, "test"), ("accel0", "a laptop", {}, "test"),
+    ("null", "Google Compute Engine", {"TPU_WORKER_ID": "0"}, "test"), ("vfio/vfio", "Google Compute Engine", {}, "test"),
+])  # fmt: skip
+def test_a_tpu_is_known_by_its_device_and_its_machine(device, machine, variables, extra, installer):
+    for path, text in (("dev/" + device, ""), ("sys/class/dmi/id/product_name", machine + "\n")):
+        (installer.folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (installer.folder / path).write_text(text)
+    status, output, problems = installer.call("test.sh", **variables)
+    assert status == 0 and installed(installer) == [f".[{extra}]"], output + problems
+
+
+def test_the_choice_can_be_overridden_and_must_be_one_of_four(installer):
+    installer.add("nvidia-smi", nvidia_smi("13.0", "9.0"))
+    status, output, _ = installer.call("test.sh", ACCELERATOR="cpu", EXTRAS="ci")
+    assert status == 0 and installed(installer) == [".[ci]"] and " for cpu (ACCELERATOR is set)" in output
+    status, output, problems = installer.call("test.sh", ACCELERATOR="gpu")
+    assert status == 1 and not output and problems == "error: ACCELERATOR=gpu: use cpu, cuda12, cuda13 or tpu\n"
+
+
+def test_the_environment_is_made_anew_for_another_accelerator_and_else_updated(installer):
+    environments = lambda: [call for call in installer.calls if "-m venv" in call]
+    calls = ({}, {}, {"EXTRAS": "ci"}, {"ACCELERATOR": "cuda12"}, {"ACCELERATOR": "cuda12"}, {})
+    for variables in calls:
+        status, output, problems = installer.call("test.sh", **variables)
+        assert status == 0, output + problems
+    assert installed(installer) == [".[test]", ".[ci]", ".[test,cuda12]", ".[test]"]
+    assert ["--clear" in call for call in environments()] == [False, False, True, True]
+
+
+def test_an_install_that_failed_is_tried_again(installer):
+    assert installer.call("test.sh", PIP_STATUS="1")[0] == 1
+    assert not [call for call in installer.calls if "-m pytest" in call]
+    assert installer.call("test.sh")[0] == 0 and installed(installer) == [".[test]"] * 2
+
+
+def test_the_tests_script_hands_its_arguments_on(installer):
+    status, output, _ = installer.call("test.sh", "--help")
+    assert status == 0 and output.startswith("launch/test.sh [--fast]") and not installer.calls
+    installer.call("test.sh", "--fast", "-k", "sampling")
+    assert installer.calls[-1] == "python -m pytest tests --numprocesses=2 --dist=loadfile --fast -k sampling "
 
 
 # --- several processes on this machine ------------------------------------------------------------
@@ -167,8 +261,10 @@ def prepared(tools):
     environment = tools.folder / "venv"
     (environment / "bin").mkdir(parents=True)
     (environment / "bin" / "activate").write_text(f'export PATH="{tools.folder}:$PATH"\n')
-    wanted = subprocess.run("cat requirements.txt setup.py | cksum", shell=True, cwd=programs.ROOT, capture_output=True, check=True).stdout
-    (environment / "installed").write_bytes(wanted)
+    command = "{ cat requirements.txt setup.py && echo test; } | cksum"
+    checksum = subprocess.run(command, shell=True, cwd=programs.ROOT, capture_output=True, check=True).stdout
+    (environment / "installed").write_bytes(b"cpu " + checksum)
+    tools.environment["ACCELERATOR"] = "cpu"
     outputs = """
 for flag in "$@"; do case $flag in --workdir=*) run=${flag#*=} ;; esac; done
 [ -n "${run:-}" ] || exit 0
@@ -209,7 +305,8 @@ def test_the_demo_refuses_a_folder_that_is_not_there(tools, elsewhere, prepared)
 def test_slurm_submits_itself_with_the_clusters_options(tools, tmp_path):
     tools.add("sbatch")
     workdir = str(tmp_path / "run")
-    status, _, problems = tools.call("slurm.sh", "--nodes=4", "--gpus-per-node=8", RUN[0], workdir, RUN[2])
+    command = ("slurm.sh", "--nodes=4", "--gpus-per-node=8", RUN[0], workdir, RUN[2])
+    status, _, problems = tools.call(*command, PYTHON="/shared/python")
     assert status == 0, problems
     [call] = tools.calls
     for part in ("--requeue", "--signal=B:USR1@120", "--nodes=4 --gpus-per-node=8", f"--output={workdir}/slurm-%j.out"):
@@ -217,7 +314,19 @@ def test_slurm_submits_itself_with_the_clusters_options(tools, tmp_path):
     assert rf"launch/slurm.sh {RUN[0]} {workdir} --config.data.path=/data/my\ images" in call
 
 
-INSIDE = {"SLURM_JOB_ID": "77", "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_ON_NODE": "96"}
+@pytest.mark.parametrize("chosen, extra", [({}, "cuda12"), ({"ACCELERATOR": "cuda13"}, "cuda13")])
+def test_slurm_installs_for_gpus_before_it_submits(chosen, extra, installer, tmp_path):
+    """A login node has none to be found."""
+    installer.add("sbatch")
+    run = ("slurm.sh", "--nodes=4", RUN[0], str(tmp_path / "run"))
+    for _ in range(2):
+        status, output, problems = installer.call(*run, **chosen)
+        assert status == 0, output + problems
+    assert installed(installer) == [f".[test,{extra}]"]
+    assert [call.split()[0] for call in installer.calls[-2:]] == ["sbatch"] * 2
+
+
+INSIDE = {"PYTHON": "/shared/python", "SLURM_JOB_ID": "77", "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_ON_NODE": "96"}
 
 
 def test_slurm_runs_one_process_for_each_gpu(tools):
@@ -272,7 +381,7 @@ def pod(tools, script: str, *options, there=False):
     if there:
         (tools.folder / "asked").write_text("2\n")
     status, output, problems = tools.call("tpu_pod.sh", *TPU, *options, *RUN, POLL="0")
-    names = {"create ": "create", " delete ": "delete", "tpu-vm scp": "copy", "jax[tpu]": "install", "--distributed": "run"}
+    names = {"create ": "create", " delete ": "delete", "tpu-vm scp": "copy", ".[tpu]": "install", "--distributed": "run"}
     steps = [step for call in tools.calls for part, step in names.items() if part in call]
     return status, steps, output + problems
 
@@ -324,7 +433,7 @@ def test_a_missing_option_of_the_slice_is_named(missing, tools):
 def test_the_job_set_restarts_all_hosts_but_not_after_a_mistake_in_the_flags(monkeypatch):
     values = dict(
         NAME="vitl", CONFIG=RUN[0], WORKDIR="/bucket/run", FLAGS="--config.seed=1 --mode=train", IMAGE="registry/addp",
-        BUCKET="bucket", SERVICE_ACCOUNT="default", ACCELERATOR="tpu-v5-lite-podslice", TOPOLOGY="4x4", HOSTS="4", CHIPS_PER_HOST="4",
+        BUCKET="bucket", SERVICE_ACCOUNT="default", TPU="tpu-v5-lite-podslice", TOPOLOGY="4x4", HOSTS="4", CHIPS_PER_HOST="4",
     )  # fmt: skip
     text = (LAUNCH / "gke_jobset.yaml").read_text()
     for name, value in values.items():

@@ -166,7 +166,7 @@ def test_a_mistake_that_the_child_finds_is_the_users(tmp_path, monkeypatch):
 
 def test_a_missing_compiler_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
-    for kind, extra in (("v5e", "plan"), ("h100", "cuda")):
+    for kind, extra in (("v5e", "plan"), ("h100", "plan-gpu")):
         with pytest.raises(errors.UserError, match=rf"pip install '.\[{extra}\]'"):
             plan.require_compiler(kind)
 

@@ -59,7 +59,7 @@ def plan(config: dict, request: Request) -> int:
 
 
 def require_compiler(kind: str) -> None:
-    package, extra = ("jax_cuda12_plugin", "cuda") if kind in topologies.GPUS else ("libtpu", "plan")
+    package, extra = ("jax_cuda12_plugin", "plan-gpu") if kind in topologies.GPUS else ("libtpu", "plan")
     if importlib.util.find_spec(package) is None:
         raise errors.UserError(f"a plan for {kind} needs {package}, its compiler: pip install '.[{extra}]'")
 
@@ -95,7 +95,7 @@ def gpu_environment(request: Request) -> dict:
         return {}
     found = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.cuda_nvcc")
     if found is None:
-        raise errors.UserError("a plan for GPUs needs nvidia-cuda-nvcc-cu12: pip install '.[cuda]'")
+        raise errors.UserError("a plan for GPUs needs nvidia-cuda-nvcc-cu12: pip install '.[plan-gpu]'")
     folder = list(found.submodule_search_locations)[0]
     flags = f"--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false --xla_gpu_cuda_data_dir={folder}"
     return {"XLA_FLAGS": flags, "PATH": f"{folder}/bin{os.pathsep}{os.environ.get('PATH', '')}"}

@@ -124,7 +124,7 @@ def _gpus(name: Name) -> list:
         target = {"target_config": _target(name.kind), "topology": shape}
         return topologies.get_topology_desc(platform="cuda", topology_name=name.kind, **target).devices
     except (RuntimeError, ValueError) as error:
-        raise errors.UserError(f"topology={name}: {files.reason(error)}; it needs pip install '.[cuda]'") from error
+        raise errors.UserError(f"topology={name}: {files.reason(error)}; it needs pip install '.[plan-gpu]'") from error
 
 
 def _target(kind: str) -> str:

@@ -11,13 +11,17 @@ from addp_jax.program import TrainingProgram
 
 
 class Log:
-    """Metrics of each step, one step late; the console, TensorBoard and log.jsonl."""
+    """Metrics of each step, one step late; the console, TensorBoard, log.jsonl, parameters.txt and a profile."""
 
     def __init__(self, workdir: str, run: TrainingProgram, saver, start: int):
+        if jax.process_index() == 0:
+            print(logs.parameters(workdir, run.params))
         self.writer = logs.Writer(workdir, enabled=jax.process_index() == 0, start_step=start)
         self.progress = logs.Progress(run.length.total, start, enabled=jax.process_index() == 0)
         self.every, self.saver, self.workdir = run.config.log_every, saver, workdir
         self.waiting, self.window = None, []
+        first = run.config.profile
+        self.trace = logs.Trace(workdir, first, enabled=jax.process_index() == 0 and first > start)
 
     def add(self, step: int, metrics) -> None:
         self.flush()
@@ -61,6 +65,7 @@ class Log:
 
     def __exit__(self, kind, *_) -> None:
         try:
+            self.trace.close()
             self.progress.close()
             self.writer.close()
             if jax.process_index() == 0:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
+import sys
 
 import jax
 
@@ -16,12 +18,13 @@ from addp_jax.training.log import Log
 from addp_jax.weights import checkpoint, lock
 
 SMALLEST_SHARE = 0.5  # of a checkpoint's bytes that it takes on the disk, compressed, at the very least
+LARGE = 50_000_000  # parameters that nobody trains on a CPU on purpose
 
 
 def preflight(run: TrainingProgram, workdir: str) -> None:
     """All that can be known of the data before the first step: both splits, their classes, what evaluations need."""
     train, held_out = run.source("train"), run.source("eval")
-    if isinstance(run.task, tasks.Classifier):  # shards of two splits may have been packed from folders of other classes
+    if isinstance(run.task, tasks.Classifier):  # the shards of two splits may be of folders of other classes
         program.check_classes("the training split", train.classes, held_out)
     if run.config.evaluate.features:
         evaluate.prepare(run)
@@ -37,15 +40,27 @@ def require_room(run: TrainingProgram, workdir: str) -> None:
         )
 
 
+def warn_of_cpu(run: TrainingProgram) -> None:
+    """One line on stderr when a network of full size is about to be trained on a CPU."""
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(run.params))
+    if count > LARGE and run.mesh.devices.flat[0].platform == "cpu" and jax.process_index() == 0:
+        print(
+            f"warning: {count / 1e6:.0f} M parameters are trained on a CPU, how long that takes is not known; with an "
+            "accelerator in this machine: pip install -e '.[cuda12]' (or cuda13, tpu)", file=sys.stderr,
+        )  # fmt: skip
+
+
 def train(config: program.Config, workdir: str) -> None:
     """Train to the end of the schedule, from the newest checkpoint in `workdir` if there is one."""
     run = program.create_training(config)
+    warn_of_cpu(run)
     preflight(run, workdir)
     with jax.set_mesh(run.mesh), processes.Interrupt() as interrupt, contextlib.ExitStack() as stack:
         frozen = run.task.load_frozen()
         initial = run.task.load_pretrained()
         if config.init:
-            initial = weights.fit(weights.read(config.init, field="config.init: "), run.state.params, f"config.init ({config.init})")
+            loaded = weights.read(config.init, field="config.init: ")
+            initial = weights.fit(loaded, run.state.params, f"config.init ({config.init})")
         require_room(run, workdir)
         stack.enter_context(lock.hold(workdir))
         saver = checkpoint.Checkpointer(workdir, config.checkpoint, identity(run, frozen, initial))
@@ -55,8 +70,8 @@ def train(config: program.Config, workdir: str) -> None:
         finish(run, workdir, state, frozen, start, saver, interrupt)
 
 
-def finish(run: TrainingProgram, workdir: str, state, frozen, start: int, saver, interrupt: processes.Interrupt) -> None:
-    """From step `start` to the end, or to a signal; first the evaluation at `start`, if the run was killed before it."""
+def finish(run: TrainingProgram, workdir: str, state, frozen, start: int, saver, interrupt) -> None:
+    """From step `start` to the end, or to a signal (`interrupt`); first the evaluation that a kill prevented."""
     config, total = run.config, run.length.total
     due = bool(start) and (start % config.eval_every == 0 or start >= total)
     first = jax.process_index() == 0  # it alone has the log
@@ -69,8 +84,9 @@ def finish(run: TrainingProgram, workdir: str, state, frozen, start: int, saver,
             log.results(start, *evaluate.run(run, state, frozen))
         if start < total:
             batches = pipeline.train_batches(
-                run.source("train"), run.task.transform("train", config.data), seed=config.seed, batch_size=config.batch_size,
-                start_step=start, config=config.data, rows=partition.rows(run.mesh, config.batch_size), fields=run.task.example,
+                run.source("train"), run.task.transform("train", config.data), seed=config.seed, start_step=start,
+                batch_size=config.batch_size, rows=partition.rows(run.mesh, config.batch_size), config=config.data,
+                fields=run.task.example,
             )  # fmt: skip
             with contextlib.closing(batches):
                 state = loop(run, state, frozen, start, batches, saver, log, interrupt)
@@ -87,10 +103,12 @@ def loop(run: TrainingProgram, state, frozen, start: int, batches, saver, log: L
     config, total = run.config, run.length.total
     on_device = pipeline.to_device(batches, partition.batch_sharding(run.mesh))
     for step in range(start, total):
+        log.trace.before(step + 1)
         state, metrics = run.step(state, frozen, next(on_device))
         log.add(step + 1, metrics)
         done = step + 1
         last = done == total or interrupt.after(done)
+        log.trace.after(done, metrics, last)
         if last or done % config.checkpoint.every == 0:
             log.flush()  # a non-finite loss ends the run here, before it is saved
             saver.save(done, state)
@@ -106,8 +124,8 @@ def identity(program: program.Program, frozen, initial) -> dict:
     """What a run's numbers depend on, as JSON; it is compared whenever the run goes on or its networks are used.
 
     The config's fields that matter, the dtype of the computation, the names of the classes in the order of the labels,
-    the content of the training data, and the content of frozen and initial weights. `location`, which is not compared, says
-    where the data lay at first.
+    the content of the training data, and the content of frozen and initial weights. `location`, which is not compared,
+    says where the data lay at first.
     """
     config, source = program.config, program.source("train")
     fields = schema.identity(config) | {
