@@ -12,7 +12,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 # A room imports from lower layers and from itself. Rooms of one layer do not know each other.
 LAYERS = (
     {"main"},
-    {"__init__", "modes"},
+    {"__init__"},
+    {"modes", "api"},
     {"planning"},
     {"generation", "recognition", "measuring"},
     {"training"},

@@ -88,12 +88,7 @@ class OwnImages:
 
     def placed(self, shape) -> Box:
         """Where an image of (height, width) lies once resized; beyond the canvas where it will be cropped."""
-        height, width = shape
-        room = self.inner
-        choose = min if self.whole else max
-        scale = choose(room.height / height, room.width / width)
-        height, width = max(1, round(height * scale)), max(1, round(width * scale))
-        return Box(room.top + (room.height - height) // 2, room.left + (room.width - width) // 2, height, width)
+        return placed(shape, self.inner, self.whole)
 
     def fingerprint(self) -> str:
         """Changes with the images and the masks."""
@@ -172,6 +167,15 @@ def inner_box(margins, size: int) -> Box:
     return box
 
 
+def placed(shape, room: Box, whole: bool) -> Box:
+    """See `OwnImages.placed`."""
+    height, width = shape
+    choose = min if whole else max
+    scale = choose(room.height / height, room.width / width)
+    height, width = max(1, round(height * scale)), max(1, round(width * scale))
+    return Box(room.top + (room.height - height) // 2, room.left + (room.width - width) // 2, height, width)
+
+
 def fitted(picture: Image.Image, box: Box, inner: Box, filter) -> tuple[np.ndarray, Box]:
     """`picture` resized to its box, [H,W,...], and the box. Of one that would have more than MAX_STRIP pixels only what lies
     in `inner` is resized, which may differ from a cut of the whole by what Pillow rounds between its two passes."""
@@ -206,14 +210,27 @@ def redrawn(shape, box: Box, inner: Box, size: int, mask_path) -> np.ndarray:
         return outside
     white = read_mask(mask_path)
     if white.shape == shape:
-        share, kept = fitted(Image.fromarray(white.astype(np.float32)), box, inner, Image.Resampling.BOX)
-        return outside | (on_canvas(share > 0, kept, inner, size) & ~outside)
+        return outside | (moved(white, box, inner, size) & ~outside)
     if white.shape[0] == white.shape[1]:
         return outside | shrunk(white, size, size)
     raise errors.UserError(
         f"config.generate.masks: {mask_path} has {white.shape[1]}x{white.shape[0]} pixels, its image {shape[1]}x{shape[0]}; "
         "give a mask of the same size, or a square one for the canvas"
     )
+
+
+def moved(white: np.ndarray, box: Box, inner: Box, size: int) -> np.ndarray:
+    """The mask `white` bool [H,W] of an image, on the canvas: bool [S,S]."""
+    share, kept = fitted(Image.fromarray(white.astype(np.float32)), box, inner, Image.Resampling.BOX)
+    return on_canvas(share > 0, kept, inner, size)
+
+
+def fit(image: np.ndarray, white: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """`image` uint8 [H,W,3] and its mask bool [H,W] on a canvas that they fill: (uint8 [S,S,3], bool [S,S])."""
+    inner = Box(0, 0, size, size)
+    box = placed(image.shape[:2], inner, whole=False)
+    resized, kept = fitted(Image.fromarray(image), box, inner, Image.Resampling.BICUBIC)
+    return on_canvas(resized, kept, inner, size), moved(white, box, inner, size)
 
 
 def read_mask(path: str) -> np.ndarray:
@@ -228,14 +245,18 @@ def read_mask(path: str) -> np.ndarray:
         raise errors.UserError(f"config.generate.masks: cannot read {path!r}: {files.reason(error)}") from error
     except errors.Unreadable as error:
         raise errors.UserError(f"config.generate.masks: {error}") from error
-    if picture.has_transparency_data:
-        grey, alpha = picture.convert("RGBA").convert("LA").split()
-        white = np.minimum(np.asarray(grey), np.asarray(alpha)) >= WHITE
-    else:
-        white = np.asarray(picture.convert("L")) >= WHITE
+    white = painted(picture)
     if not white.any():
         raise errors.UserError(f"config.generate.masks: {path} is black all over, or transparent; paint white what is to be drawn anew")
     return white
+
+
+def painted(picture: Image.Image) -> np.ndarray:
+    """bool [H,W]: what of an image of 8 bits is white, and opaque where it has transparency."""
+    if not picture.has_transparency_data:
+        return np.asarray(picture.convert("L")) >= WHITE
+    grey, alpha = picture.convert("RGBA").convert("LA").split()
+    return np.minimum(np.asarray(grey), np.asarray(alpha)) >= WHITE
 
 
 def shrunk(white: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import math
 import shutil
 import sys
@@ -50,6 +52,20 @@ def warn_of_cpu(run: TrainingProgram) -> None:
         )  # fmt: skip
 
 
+def write_config(run: TrainingProgram, workdir: str) -> None:
+    """Write every field of the run to `<workdir>/config.json`: for whoever loads the run without its config file.
+
+    It decides nothing: what must agree stands in the run's identity. Raises UserError if it cannot be written.
+    """
+    if jax.process_index() != 0:
+        return
+    fields = schema.fields(dataclasses.replace(run.config, model=run.task.config))
+    try:
+        files.write_text(f"{workdir}/{checkpoint.CONFIG_NAME}", json.dumps(fields, indent=1) + "\n")
+    except OSError as error:
+        raise errors.UserError(f"workdir: cannot write to {workdir}: {files.reason(error)}") from error
+
+
 def train(config: program.Config, workdir: str) -> None:
     """Train to the end of the schedule, from the newest checkpoint in `workdir` if there is one."""
     run = program.create_training(config)
@@ -65,6 +81,7 @@ def train(config: program.Config, workdir: str) -> None:
         stack.enter_context(lock.hold(workdir))
         saver = checkpoint.Checkpointer(workdir, config.checkpoint, identity(run, frozen, initial))
         stack.enter_context(contextlib.closing(saver))
+        write_config(run, workdir)
         frozen = run.place(frozen)
         state, start = saver.restore_latest(run.state) or (run.init(keys.of(config.seed, "parameters"), initial), 0)
         finish(run, workdir, state, frozen, start, saver, interrupt)

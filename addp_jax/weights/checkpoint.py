@@ -2,6 +2,7 @@
 
 Layout of a work directory::
 
+    <workdir>/config.json                      all fields of the run, which training writes
     <workdir>/lock                             while a run is at work, see `lock`
     <workdir>/checkpoints/identity.json        which run this is (fields that decide the numbers)
     <workdir>/checkpoints/<step>/state/...     what orbax writes; appears by one rename
@@ -33,6 +34,7 @@ import orbax.checkpoint as ocp
 from addp_jax import errors, files, parameters, processes, schema
 from addp_jax.weights import lock, manifest, provenance, quiet
 
+CONFIG_NAME = "config.json"
 STEP = re.compile("0|[1-9][0-9]*")  # how a step's folder is named
 # Bytes of arrays that the files of a step may claim: 4096 times their own size, and 256 MiB, as compressed zeros need none.
 EXPANSION, ZEROS = 4096, 2**28

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import jax
 
-from addp_jax import errors, parameters, partition, weights
+from addp_jax import errors, files, parameters, partition, weights
 from addp_jax.weights import checkpoint, layouts, weight_files
 
 OPTIONAL = {"mage": {"tokenizer"}}  # networks that a layout may lack
@@ -32,7 +33,7 @@ def export_weights(workdir: str, paths: list[str], output: str, layout: str, ema
 
     Args:
       paths: run folders or weight files; a network that the run was trained with must be the very same.
-      output: `.safetensors`, or `.pth` (needs PyTorch).
+      output: `.safetensors`, which also gets the config of the run, or `.pth` (needs PyTorch).
       layout: see `layouts`.
       ema: the averaged parameters where there are.
       force: replace an existing file.
@@ -55,7 +56,21 @@ def export_weights(workdir: str, paths: list[str], output: str, layout: str, ema
         print(f"{output}: without {', '.join(missing)}, which the official code may ask for; weights=PATH adds it")
     tensors = layouts.arrange(layout, networks)
     print(f"{output}: writing {len(tensors)} tensors, {sum(array.nbytes for array in tensors.values()) / 1e6:.0f} MB")
-    weight_files.write(output, tensors, layouts.WRITABLE[layout].wrapper)
+    whole = layout in layouts.READABLE and params.keys() - needed <= {"discriminator"}  # what the run trained can be read back
+    weight_files.write(output, tensors, layouts.WRITABLE[layout].wrapper, config_text(workdir) if whole else "")
+
+
+def config_text(workdir: str) -> str:
+    """The task and the model's fields of the run in `workdir` as JSON, for `addp_jax.load`; "" if no config is on record."""
+    path = os.path.join(workdir, checkpoint.CONFIG_NAME)
+    if not os.path.exists(path):
+        print(f"{path} is missing: the file will hold no config, so that its sizes must be given where it is loaded")
+        return ""
+    try:
+        fields = files.read_json(path)
+        return json.dumps({name: fields[name] for name in ("task", "model")})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise errors.UserError(f"cannot read {path}: {files.reason(error)}; delete it to export without a config") from error
 
 
 def require(**flags) -> None:

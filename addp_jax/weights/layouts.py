@@ -138,11 +138,7 @@ def read(path: str, wanted=None) -> dict[str, dict]:
 
     Raises UserError naming the file and what differs when names or shapes are not exactly those of a layout.
     """
-    known = lambda names: any(layout.signature in names for layout in READABLE.values())
-    tensors = weight_files.without_prefix(weight_files.read(path), known)
-    layout = recognise(path, tensors)
-    parts = {prefix: live for prefix, live in split(layout, tensors).items() if live or not prefix}
-    networks = {prefix: layout.parts[prefix] for prefix in parts}
+    networks, parts = open_file(path)
     rules = {prefix: check(f"{path}: {prefix}*" if prefix else path, networks[prefix], live) for prefix, live in parts.items()}
     chosen = [prefix for prefix in parts if wanted is None or networks[prefix].name in wanted]
     progress = logs.Progress(sum(len(parts[prefix]) for prefix in chosen), unit="tensor")
@@ -162,6 +158,27 @@ def read(path: str, wanted=None) -> dict[str, dict]:
             raise errors.UserError(f"{path} holds two different networks {name}, one of them under {prefix}*")
         found.setdefault(name, params)
     progress.close()
+    return found
+
+
+def open_file(path: str) -> tuple[dict[str, Network], dict[str, dict]]:
+    """What is under each prefix in a weight file: ({prefix: network}, {prefix: {name after it: tensor}}); no values are read."""
+    known = lambda names: any(layout.signature in names for layout in READABLE.values())
+    tensors = weight_files.without_prefix(weight_files.read(path), known)
+    layout = recognise(path, tensors)
+    parts = {prefix: live for prefix, live in split(layout, tensors).items() if live or not prefix}
+    return {prefix: layout.parts[prefix] for prefix in parts}, parts
+
+
+def configs(path: str) -> dict:
+    """{network: the Config of its sizes, as its tensors tell} of a weight file; no values are read.
+
+    What no parameter depends on, such as heads, is made up. Raises UserError as `read` does.
+    """
+    (networks, parts), found = open_file(path), {}
+    for prefix, live in parts.items():
+        check(f"{path}: {prefix}*" if prefix else path, networks[prefix], live)
+        found[networks[prefix].name] = networks[prefix].config({name: tensor.shape for name, tensor in live.items()})
     return found
 
 

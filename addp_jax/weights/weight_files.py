@@ -31,6 +31,7 @@ TORCH = (".pth", ".pt", ".ckpt", ".bin")
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 SAFETENSORS_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 SAFETENSORS_TYPES = {name: short for short, name in SAFETENSORS_FLOATS.items()} | {"int64": "I64"}
+CONFIG_KEY = "addp_jax"  # in the header of a safetensors file: the config of the run, JSON of its task and model
 WRAPPERS = ("model", "state_dict", "model_state_dict", "params", "module")  # keys under which the tensors are kept
 AVERAGED = ("model_ema", "ema", "state_dict_ema", "ema_state_dict", "model_ema_state_dict", "params_ema", "ema_model")
 AVERAGED_NAMES = ("model_ema.", "n_averaged")  # beginnings of names beside raw tensors
@@ -137,6 +138,20 @@ def read_safetensors(path: str) -> dict[str, Stored]:
     return {printable(name): tensor for name, tensor in raw_only(path, found).items()}
 
 
+def read_config(path: str) -> str:
+    """The text that stands in the header of a .safetensors file under `CONFIG_KEY`; "" if there is none, or in another file.
+
+    Raises UserError naming the file when it is damaged.
+    """
+    if not path.lower().endswith(".safetensors"):
+        return ""
+    refuse_other_kinds(path, ".safetensors")
+    try:
+        return (safetensors.safe_open(path, "numpy").metadata() or {}).get(CONFIG_KEY, "")
+    except Exception as error:  # as above
+        raise errors.UserError(f"{path} is not a whole safetensors file: {files.reason(error)}") from error
+
+
 def read_torch(path: str) -> dict[str, Stored]:
     file = torch_files.File(path)
     found, total = {}, 0
@@ -241,26 +256,27 @@ def check_output(path: str, force: bool) -> None:
         raise errors.UserError(f"output={path}: there is such a file already; force replaces it")
 
 
-def write(path: str, tensors: dict[str, np.ndarray], wrapper: str) -> None:
+def write(path: str, tensors: dict[str, np.ndarray], wrapper: str, config: str = "") -> None:
     """Writes contiguous arrays to `path` (see `check_output`): under another name first, so that it appears whole.
 
-    wrapper: key of the dict around the tensors in a PyTorch file; "" = none. Raises UserError when there is no room.
+    wrapper: key of the dict around the tensors in a PyTorch file; config: text for `read_config` in a safetensors file; "" = none.
+    Raises UserError when there is no room.
     """
     size, free = sum(array.nbytes for array in tensors.values()), shutil.disk_usage(os.path.dirname(path) or ".").free
     if size > free:
         raise errors.UserError(f"{path} needs {size / 1e6:.0f} MB, and its disk has {free / 1e6:.0f} MB left")
     try:
         if path.lower().endswith(".safetensors"):
-            files.replace(path, lambda file: write_safetensors(file, tensors))
+            files.replace(path, lambda file: write_safetensors(file, tensors, config))
         else:
             files.replace(path, lambda file: write_torch(file, tensors, wrapper))
     except (OSError, RuntimeError) as error:
         raise errors.UserError(f"cannot write {path}: {files.reason(error)}; is the disk full?") from error
 
 
-def write_safetensors(file: IO[bytes], tensors: dict[str, np.ndarray]) -> None:
+def write_safetensors(file: IO[bytes], tensors: dict[str, np.ndarray], config: str = "") -> None:
     """Array by array, so that no copy of all is in memory; the widest elements first, so that each array is aligned."""
-    header, end = {}, 0
+    header, end = {"__metadata__": {CONFIG_KEY: config}} if config else {}, 0
     names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     for name in names:
         start, end = end, end + tensors[name].nbytes

@@ -1,0 +1,1 @@
+"""The Python API behind `addp_jax.load`."""

@@ -1,0 +1,183 @@
+"""A trained run as functions from numpy arrays to numpy arrays."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from addp_jax import errors, partition, samplers, schema, tasks
+from addp_jax.api import inputs
+from addp_jax.generation import own_images
+from addp_jax.ops import images as pixels
+
+CACHED = 16  # compiled functions that are kept
+MASK_SIZES = 8  # edits of so many numbers of masked tokens are compiled apart: with more known, the decoder has more room
+
+
+class Model:
+    """The networks of a run on all devices; made by `addp_jax.load`.
+
+    S is the image size of the run. Images are given as one image or a list of them, PIL or uint8 [H,W,3], or as an array
+    uint8 [N,H,W,3]. Those of another size are resized until they fill the square, and cropped in the centre.
+
+    Every method takes `batch_size`, the most images that are computed at once, over all devices. The first call of each
+    batch size compiles. A batch is padded to a power of two, so that few sizes are compiled.
+
+    A mistake in a call is a ValueError that names the argument. So is a method that the run has no network for.
+
+    Attributes:
+      image_size: S.
+      classes: names by label; () for a run that names no classes.
+    """
+
+    def __init__(self, program, networks, classes: tuple[str, ...] = ()):
+        """networks: (parameters, frozen networks), whole on every device of the program's mesh."""
+        self._program, self._networks, self.classes = program, networks, classes
+        self.image_size = program.task.image_size
+        self._drawing = functools.lru_cache(CACHED)(self._make_drawing)
+        self._compiled = functools.lru_cache(CACHED)(self._compile)
+
+    def __repr__(self) -> str:
+        return f"<addp_jax model: task {self._program.config.task}, {self.image_size} pixels>"
+
+    def sample(self, n: int, *, seed: int = 0, steps: int | None = None, batch_size: int = 64, **sampler) -> np.ndarray:
+        """`n` images drawn from nothing: uint8 [n,S,S,3].
+
+        They are those of `--mode=generate` with the same seed; in batches of another size, a byte may be rounded to the next.
+
+        Args:
+          seed: 0 to 2^32 - 1. Image i depends on the seed and on i alone.
+          steps: of the sampler, at least 1; default: as the config of the run says.
+          sampler: more fields of the sampler's config, such as temperature, top_p, top_k, schedule.
+        """
+        config = self._sampler("sample", steps, sampler)
+        numbers = np.arange(inputs.whole_number("n", n, 1), dtype=np.int32)
+        return self._over(self._drawing(config, None), {"number": numbers}, batch_size, seed_of(seed))
+
+    def edit(
+        self, image, mask, *, n: int = 4, seed: int = 0, steps: int | None = None, feather: int = 0, batch_size: int = 64, **sampler
+    ) -> np.ndarray:  # fmt: skip
+        """`n` results of drawing a part of one image anew: uint8 [n,S,S,3].
+
+        Args:
+          mask: bool [H,W], True where the image is drawn anew, or a PIL image, whose white is. It moves with the image.
+            A token is drawn anew if any of its pixels is.
+          feather: 0 = the result is the decoder's alone. Above: the image's own pixels come back outside the mask,
+            blended over so many pixels.
+          seed, steps, sampler: see `sample`.
+        """
+        config, tokenizer = self._sampler("edit", steps, sampler), self._program.task.config.tokenizer
+        numbers = np.arange(inputs.whole_number("n", n, 1), dtype=np.int32)
+        feather, own = inputs.whole_number("feather", feather, 0), inputs.image("image", image)
+        canvas, redrawn = own_images.fit(own, inputs.mask("mask", mask, own.shape[:2]), self.image_size)
+        hidden = own_images.to_tokens(redrawn, tokenizer.grid)
+        if not hidden.any():
+            raise ValueError("mask: outside of the image's central square, of which alone results are made")
+        each = max(1, tokenizer.length // MASK_SIZES)
+        fewest = max(1, int(hidden.sum()) // each * each)
+        examples = {"number": numbers} | {name: np.stack([array] * len(numbers)) for name, array in (("image", canvas), ("mask", hidden))}
+        drawn = self._over(self._drawing(config, fewest), examples, batch_size, seed_of(seed))
+        return own_images.blend(drawn, canvas, redrawn, feather) if feather else drawn
+
+    def reconstruct(self, images, *, batch_size: int = 64) -> np.ndarray:
+        """What the tokenizer keeps of images: uint8 [N,S,S,3]. Runs that draw images have one, too."""
+        self._require("reconstruct", tasks.Autoencoder, tasks.Generator)
+        examples = {"image": inputs.squares("images", images, self.image_size)}
+        return self._over(self._compiled("reconstruct"), examples, batch_size)
+
+    def features(self, images, *, batch_size: int = 64) -> np.ndarray:
+        """Features of images: float32 [N,D]."""
+        self._require("features", tasks.Recogniser)
+        examples = {"image": inputs.squares("images", images, self.image_size, self._program.task.crop_pct)}
+        return self._over(self._compiled("features"), examples, batch_size)
+
+    def classify(self, images, *, top: int = 5, batch_size: int = 64) -> list[list[tuple[str, float]]]:
+        """The `top` most probable classes of each image, with their probabilities: [[(name, probability), ...], ...].
+
+        At most as many as the network has classes.
+        """
+        self._require("classify", tasks.Classifier)
+        top = inputs.whole_number("top", top, 1)
+        examples = {"image": inputs.squares("images", images, self.image_size, self._program.task.crop_pct)}
+        logits = self._over(self._compiled("logits"), examples, batch_size)
+        if not np.isfinite(logits).all():
+            raise errors.UserError("the network's scores are NaN or infinite; it names nothing")
+        probs = np.exp(logits - logits.max(-1, keepdims=True))
+        probs /= probs.sum(-1, keepdims=True)
+        order = np.argsort(-probs, axis=-1, kind="stable")[:, :top]
+        return [[(self.classes[k], float(row[k])) for k in best] for row, best in zip(probs, order)]
+
+    def _require(self, method: str, *abilities: type) -> None:
+        """Raises ValueError unless the run's task has one of these abilities."""
+        if isinstance(self._program.task, abilities):
+            return
+        able = [name for name in tasks.names() if set(abilities) & set(tasks.load(name).Task.__mro__)]
+        raise ValueError(f"{method}: a run of the task {self._program.config.task} cannot; load a run of {' or '.join(able)}")
+
+    def _sampler(self, method: str, steps, changes: dict) -> samplers.Config:
+        """The sampler's config for one call of `method`."""
+        self._require(method, tasks.Generator)
+        steps = {} if steps is None else {"steps": inputs.whole_number("steps", steps, 1)}
+        return other_sampler(self._program.task.sampler_config, changes | steps)
+
+    def _make_drawing(self, config: samplers.Config, fewest: int | None):
+        """Jitted `((params, frozen, key), batch) -> uint8 [B,S,S,3]`. fewest: see `samplers.sample`; None = from nothing."""
+        task, sampler = self._program.task, schema.module_of(config)
+
+        def run(networks, batch):
+            *nets, key = networks
+            nets = task.nets(*nets)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["number"])
+            if fewest is None:
+                carry = samplers.start(nets, keys, jnp.zeros((len(keys), task.image_size, task.image_size, 3)), 1.0)
+            else:
+                carry = samplers.start_with(nets, pixels.to_unit(batch["image"]), batch["mask"])
+            carry, _ = samplers.sample(sampler, config, nets, keys, carry, 1.0, fewest)
+            return pixels.to_uint8(carry.image)
+
+        return jax.jit(partition.per_device(run, self._program.mesh))
+
+    def _compile(self, what: str):
+        """Jitted `((params, frozen), batch) -> [B,...]`: the reconstruction, features or logits of its images."""
+        task = self._program.task
+
+        def reconstruct(networks, image):
+            if isinstance(task, tasks.Autoencoder):
+                return pixels.to_uint8(task.reconstruct(*networks, pixels.to_unit(image)))
+            return pixels.to_uint8(samplers.reconstruct(task.nets(*networks), pixels.to_unit(image)))
+
+        functions = {
+            "reconstruct": reconstruct,
+            "features": lambda networks, image: task.features(*networks, image),
+            "logits": lambda networks, image: task.logits(*networks, image),
+        }
+        return jax.jit(partition.per_device(lambda networks, batch: functions[what](networks, batch["image"]), self._program.mesh))
+
+    def _over(self, function, examples: dict, batch_size: int, seed: int | None = None) -> np.ndarray:
+        """`function` of the arrays `examples`, [N,...] each, batch by batch."""
+        mesh, count, results = self._program.mesh, len(next(iter(examples.values()))), []
+        most = inputs.whole_number("batch_size", batch_size, 1)
+        size = partition.batch_size(min(most, 2 ** (count - 1).bit_length()), mesh)
+        with jax.set_mesh(mesh):
+            networks = self._networks if seed is None else (*self._networks, jax.random.key(seed))
+            for first in range(0, count, size):
+                rows = np.minimum(np.arange(first, first + size), count - 1)
+                batch = partition.put({name: array[rows] for name, array in examples.items()}, partition.batch_sharding(mesh))
+                results.append(partition.whole(function(networks, batch))[: count - first])
+        return np.concatenate(results)
+
+
+def seed_of(value) -> int:
+    return inputs.whole_number("seed", value, 0, schema.LARGEST_SEED)
+
+
+def other_sampler(config: samplers.Config, changes: dict) -> samplers.Config:
+    """`config` with other fields; with another `name`, that sampler's own. Raises ValueError naming the field."""
+    fields, where = schema.fields(config), "config.model.sampler"
+    try:
+        return schema.build(samplers.Config, fields | changes, where)
+    except errors.UserError as error:
+        raise ValueError(str(error).replace(f"{where}.", "")) from error
