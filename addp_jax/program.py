@@ -7,7 +7,6 @@ a run keeps of itself (`training.loop.identity`) with the present config and wei
 from __future__ import annotations
 
 import dataclasses
-import re
 import typing
 from typing import Any
 

@@ -5,9 +5,9 @@ import pickle
 import numpy as np
 import pytest
 import released
+from PIL import Image
 
 from addp_jax.data import augment, transforms
-from PIL import Image
 
 GOLDEN = np.load(released.FOLDER / "finetune.npz")  # aug_*: timm 0.9.2, its operations in its order
 

@@ -3,9 +3,9 @@
 import json
 
 import jax
+import programs
 import pytest
 
-import programs
 from addp_jax import partition
 from addp_jax.planning import benchmark, flops
 

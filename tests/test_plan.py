@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import programs
 import pytest
 

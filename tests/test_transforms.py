@@ -3,10 +3,10 @@
 import hashlib
 import io
 import os
-import resource
-import tracemalloc
 import pathlib
 import pickle
+import resource
+import tracemalloc
 import warnings
 
 import numpy as np

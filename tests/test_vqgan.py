@@ -8,6 +8,7 @@ import pytest
 from addp_jax import parameters, partition
 from addp_jax.codecs import vqgan
 from addp_jax.ops import winograd
+
 ROUNDING = 1e-4  # absolute, of activations of size 1
 
 

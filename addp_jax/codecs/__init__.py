@@ -7,7 +7,6 @@ A codec file has a frozen `Config`, derived from the one below, whose `name` is 
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Callable, NamedTuple
 
 import jax

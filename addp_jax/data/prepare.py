@@ -20,7 +20,6 @@ from addp_jax import errors, files, parameters
 from addp_jax.data import transforms
 from addp_jax.data.sources import image_folder, meta_list
 
-
 PREPARING = ".preparing-"  # beginning of the name of a folder that is being filled
 
 

@@ -10,6 +10,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
 from addp_jax import schema
 
 LAYOUT = (

@@ -7,11 +7,9 @@ TensorFlow 1's bilinear rule (no half-pixel offset, no antialiasing), as torch-f
 
 from __future__ import annotations
 
-
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-
 
 IMAGE_SIZE = 299  # pixels, after the resize
 NUM_CLASSES = 1008

@@ -8,10 +8,8 @@ without its learned channel weights). The two have different scales: MaskGIT's l
 
 from __future__ import annotations
 
-
 import flax.linen as nn
 import jax.numpy as jnp
-
 
 # Of each stage: its width, and the index N of its convolutions in torchvision's `features.N`.
 STAGES = ((64, (0, 2)), (128, (5, 7)), (256, (10, 12, 14)), (512, (17, 19, 21)), (512, (24, 26, 28)))

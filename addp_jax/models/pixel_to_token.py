@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-
 import flax.linen as nn
 import jax.numpy as jnp
 
 from addp_jax import schema
 from addp_jax.models import layers, vit
-
 
 LAYOUT = ((r".*(pos_visible|pos_masked|pos_token)", ("replicated", "width")), *vit.LAYOUT)
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-
 import flax.linen as nn
 import jax.numpy as jnp
 
 from addp_jax import schema
 from addp_jax.models import layers
 from addp_jax.models.dropout import Dropout
-
 
 LAYOUT = ((r".*(pos_embed|decoder_pos)", ("replicated", "width")), *layers.LAYOUT)
 

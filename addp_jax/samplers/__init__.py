@@ -9,13 +9,12 @@ the batch it is in.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, Callable, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from addp_jax import codecs, diffusion, errors, partition, schema
+from addp_jax import codecs, diffusion, partition, schema
 from addp_jax.ops import images
 
 

@@ -6,7 +6,6 @@ discriminator's own terms and the other way round, so that one optimizer step is
 
 from __future__ import annotations
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -15,6 +15,7 @@ import numpy as np
 
 from addp_jax import errors
 from addp_jax.codecs import vqgan
+
 LEVELS, BLOCKS = 16, 128  # of a tokenizer, at most: more only a damaged or hostile file has, and building them takes for ever
 
 
