@@ -58,7 +58,7 @@ def measure(part: str, function, *args, carried: bool = False) -> Row:
     All its FLOPs count as useful: what has a backward pass says itself how many are.
     """
     counted, started = flops.count(function, *args), time.perf_counter()
-    jitted = function if hasattr(function, "lower") else jax.jit(function)
+    jitted = function if isinstance(function, jax.stages.Wrapped) else jax.jit(function)
     program = jitted.lower(*args).compile()
     compile_seconds, seconds = time.perf_counter() - started, []
     while len(seconds) <= REPEATS and sum(seconds[1:]) < ENOUGH_SECONDS:
