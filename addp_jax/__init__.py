@@ -1,8 +1,8 @@
 """ADDP in JAX: alternating pixel-token diffusion for generation and recognition.
 
-    import addp_jax
-    model = addp_jax.load("runs/demo/addp")
-    images = model.sample(16)
+import addp_jax
+model = addp_jax.load("runs/demo/addp")
+images = model.sample(16)
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def require_writable(folder: str | os.PathLike, field: str) -> None:
     """Makes `folder` where it is missing. Raises UserError naming `field` if nothing can be written there."""
     try:
         os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with tempfile.TemporaryFile(dir=os.fspath(folder)) as file:
             file.write(b"\0")
     except OSError as error:
         raise errors.UserError(f"{field}: cannot write to {folder}: {reason(error)}") from error

@@ -62,9 +62,8 @@ def run(name: str, config: Mapping, workdir: str) -> None:
     mode, (own, sections) = MODES[name], split(config)
     if mode.workdir and not workdir:
         raise errors.UserError("workdir is missing: give a folder for checkpoints, logs and pictures")
-    subject = own
-    if not mode.trains:
-        subject = program.create(own)
+    subject = own if mode.trains else program.create(own)
+    if isinstance(subject, program.Program):
         tasks.require(subject.task, own.task, mode.ability)
     settings = [sections[mode.section]] if mode.section else []
     mode.run(subject, *settings, *[files.expand(workdir)] * mode.workdir)

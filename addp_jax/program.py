@@ -46,13 +46,14 @@ class Config:
     batch_size: int = schema.field(4096, least=1, tiny=8)  # images per optimizer step, over all devices
     epochs: float = schema.field(0.0, least=0, tiny=0.0)  # passes over the training split; or
     steps: int = schema.field(0, least=0, tiny=4)  # optimizer steps; exactly one of the two is set
-    dtype: str = schema.field("auto", choices=("auto", "float32", "bfloat16"))  # of the computation: float32 on CPU, bfloat16 elsewhere; parameters are float32
+    # Of the computation; auto: float32 on CPU, bfloat16 elsewhere. Parameters are float32.
+    dtype: str = schema.field("auto", choices=("auto", "float32", "bfloat16"))
     log_every: int = schema.field(50, least=1, matters=schema.NOTHING, tiny=1)  # steps
     eval_every: int = schema.field(5000, least=1, matters=schema.NOTHING, tiny=4)  # steps
     # Batches per evaluation while training, spread over the split; 0 = the whole split.
     eval_batches: int = schema.field(8, least=0, matters=schema.NOTHING, tiny=1)
-    # The first of a few steps of which TensorBoard's profiler shows what the devices do; 0 = none. A run that resumes beyond it
-    # traces nothing.
+    # The first of a few steps of which TensorBoard's profiler shows what the devices do; 0 = none. A run that resumes
+    # beyond it traces nothing.
     profile: int = schema.field(0, least=0, matters=schema.NOTHING)
     data: pipeline.Config = pipeline.Config()
     optim: optim.Config = optim.Config()

@@ -28,6 +28,7 @@ class Named:
     """A base of configs of which one is chosen by its `name`: that of a module in the base's PACKAGE, which has a `Config`."""
 
     PACKAGE: typing.ClassVar[str]
+    name: typing.Any
 
 
 def module_of(config: Named):
@@ -45,19 +46,23 @@ def chosen(kind: type[Named], name, where: str) -> type:
 
 @typing.dataclass_transform(frozen_default=True)
 def config(cls: type) -> type:
-    """A frozen dataclass whose fields are in their ranges. Making another raises ValueError that begins with the field's name."""
-    own = cls.__dict__.get("__post_init__", lambda self: None)
+    """A frozen dataclass whose fields are in their ranges: else making one raises ValueError that begins with a field's name."""
+    own = next((vars(base)["__post_init__"] for base in cls.__mro__ if "__post_init__" in vars(base)), None)
 
     def check(self):
         for entry in dataclasses.fields(self):
             check_range(getattr(self, entry.name), entry)
-        own(self)
+        if own:
+            own(self)
 
-    cls.__post_init__ = check
+    cls.__post_init__ = check  # type: ignore[attr-defined]
     return dataclasses.dataclass(frozen=True)(cls)
 
 
-def field(default=dataclasses.MISSING, *, least=-math.inf, most=math.inf, above=-math.inf, below=math.inf, choices=(), matters=NETWORK, tiny=None):
+def field(
+    default=dataclasses.MISSING, *, least=-math.inf, most=math.inf, above=-math.inf, below=math.inf, choices=(),
+    matters=NETWORK, tiny=None,
+):  # fmt: skip
     """A dataclass field for numbers in [least, most], larger than `above` and smaller than `below`, or for one of `choices`.
 
     matters: what depends on it. tiny: its value in a run that takes seconds, where that is another.
@@ -164,7 +169,7 @@ def convert(kind, value, where: str):
             return None
         kind = next(option for option in typing.get_args(kind) if option is not type(None))
     if dataclasses.is_dataclass(kind):
-        return value if isinstance(value, kind) else build(kind, value, where)
+        return value if type(value) is kind or isinstance(value, Named) else build(kind, value, where)
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, (tuple, list)):
             raise errors.UserError(f"{where}: expected a tuple, got {value!r}")

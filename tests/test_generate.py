@@ -29,14 +29,6 @@ KILLS = (30, 90)  # images after which the process is killed
 NUM_IMAGES = 200
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="module")
 def weights(trained):
     return {"model__tokenizer_weights": str(trained / "tokenizer")}  # sampling needs no token predictor

@@ -14,8 +14,8 @@ import programs
 import pytest
 import setuptools
 
-from addp_jax import errors, logs, parameters, program
-from addp_jax.training import loop
+from addp_jax import errors, parameters, program
+from addp_jax.training import loop, reports
 from addp_jax.weights import checkpoint
 
 
@@ -54,11 +54,11 @@ def test_a_run_lists_its_parameters(runs):
 def test_the_summary_counts_each_network(tmp_path):
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, np.float32)
     networks = {"net": {"kernel": shape(30, 50), "bias": shape(50)}, "discriminator": {"scale": shape()}}
-    line = logs.parameters(tmp_path, networks)
+    line = reports.parameters(tmp_path, networks)
     assert line == f"1,551 trained parameters (net 1,550, discriminator 1); {tmp_path}/parameters.txt lists them"
     (tmp_path / "file").write_text("")
     with pytest.raises(errors.UserError, match="cannot write .*file/parameters.txt"):
-        logs.parameters(tmp_path / "file", networks)
+        reports.parameters(tmp_path / "file", networks)
 
 
 class Profiler:
@@ -79,8 +79,8 @@ class Profiler:
     (30, 20, True, []), (0, 20, True, []), (3, 20, False, []),
 ])  # fmt: skip
 def test_the_steps_that_are_traced(first, last, enabled, expected, monkeypatch):
-    monkeypatch.setattr(logs, "profiler", profiler := Profiler())
-    trace, seen = logs.Trace("/run", first, enabled), []
+    monkeypatch.setattr(reports, "profiler", profiler := Profiler())
+    trace, seen = reports.Trace("/run", first, enabled), []
     for step in range(1, last + 1):
         trace.before(step)
         trace.after(step, {}, step == last)
@@ -92,8 +92,8 @@ def test_the_steps_that_are_traced(first, last, enabled, expected, monkeypatch):
 
 
 def test_a_run_that_ends_early_writes_its_trace(monkeypatch):
-    monkeypatch.setattr(logs, "profiler", profiler := Profiler())
-    trace = logs.Trace("/run", 3)
+    monkeypatch.setattr(reports, "profiler", profiler := Profiler())
+    trace = reports.Trace("/run", 3)
     trace.before(3)
     trace.close()
     trace.close()
@@ -134,7 +134,7 @@ def test_every_extra_that_is_named_exists(extras):
     """Of these spellings every pip finds the extra; older ones miss those with an underscore."""
     assert all(re.fullmatch("[a-z0-9]+(-[a-z0-9]+)*", name) for name in extras)
     paths = [path for folder in ("addp_jax", "launch") for path in (programs.ROOT / folder).rglob("*") if path.is_file()]
-    texts = [path.read_text() for path in (*paths, programs.ROOT / "README.md") if path.suffix in (".py", ".sh", ".yaml", ".md")]
+    texts = [path.read_text() for path in (*paths, programs.ROOT / "README.md", *(programs.ROOT / "docs").glob("*.md")) if path.suffix in (".py", ".sh", ".yaml", ".md")]
     named = {name for text in texts for name in re.findall(r"""["' ]\.\[([a-z0-9-]+)\]""", text)}
     assert {"tpu", "cuda12", "plan"} <= named <= extras.keys()
 

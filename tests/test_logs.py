@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from tensorboardX.proto import event_pb2
 
-from addp_jax import errors, logs, pictures
+from addp_jax import errors, files, logs, pictures
+from addp_jax.training import reports
 
 
 def events(workdir):
@@ -41,7 +42,7 @@ def log(workdir):
 
 
 def test_scalars_read_back_from_both_logs(tmp_path):
-    writer = logs.Writer(tmp_path)
+    writer = reports.Writer(tmp_path)
     writer.scalars(1, {"loss": 2.5, "train/accuracy": jnp.float32(0.25)})
     writer.scalars(2, {"loss": 1.5})
     writer.close()
@@ -52,7 +53,7 @@ def test_scalars_read_back_from_both_logs(tmp_path):
 
 
 def test_log_is_complete_on_disk_after_each_call(tmp_path):
-    writer = logs.Writer(tmp_path)
+    writer = reports.Writer(tmp_path)
     writer.scalars(1, {"loss": 2.5})
     assert len(log(tmp_path)) == 1
     writer.close()
@@ -60,14 +61,14 @@ def test_log_is_complete_on_disk_after_each_call(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_scalars_that_are_not_finite_stay_valid_json(tmp_path, value):
-    writer = logs.Writer(tmp_path)
+    writer = reports.Writer(tmp_path)
     writer.scalars(1, {"loss": value})
     writer.close()
     assert log(tmp_path)[0]["loss"] is None
 
 
 def test_images_are_pictures_and_events(tmp_path):
-    writer = logs.Writer(tmp_path)
+    writer = reports.Writer(tmp_path)
     image = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     writer.images(12, {"samples/grid": image, "float": image / 255.0})
     writer.close()
@@ -79,13 +80,13 @@ def test_images_are_pictures_and_events(tmp_path):
 
 
 def test_resume_leaves_no_duplicate_steps(tmp_path):
-    writer = logs.Writer(tmp_path)
+    writer = reports.Writer(tmp_path)
     for step in range(0, 6):
         writer.scalars(step, {"loss": step})
     writer.close()
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"step": 6, "lo')  # torn by a kill
-    writer = logs.Writer(tmp_path, start_step=3)
+    writer = reports.Writer(tmp_path, start_step=3)
     writer.scalars(4, {"loss": 40})
     writer.close()
     assert [(line["step"], line["loss"]) for line in log(tmp_path)] == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 40)]
@@ -95,14 +96,14 @@ def test_resume_leaves_no_duplicate_steps(tmp_path):
 
 def test_run_from_the_beginning_starts_an_empty_log(tmp_path):
     for _ in range(2):
-        writer = logs.Writer(tmp_path)
+        writer = reports.Writer(tmp_path)
         writer.scalars(0, {"loss": 1})
         writer.close()
     assert len(log(tmp_path)) == 1
 
 
 def test_disabled_writer_writes_nothing(tmp_path, capfd):
-    writer = logs.Writer(tmp_path / "run", enabled=False)
+    writer = reports.Writer(tmp_path / "run", enabled=False)
     writer.scalars(1, {"loss": 1.0})
     writer.images(1, {"a": np.zeros((2, 2, 3))})
     writer.close()
@@ -115,11 +116,11 @@ def test_disabled_writer_writes_nothing(tmp_path, capfd):
 def test_unwritable_work_directory_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(errors.UserError, match="cannot write to workdir .*/file/run"):
-        logs.Writer(tmp_path / "file" / "run")
+        reports.Writer(tmp_path / "file" / "run")
 
 
 def test_full_disk_is_a_clear_error_and_not_a_hang(tmp_path):
-    writer = logs.Writer(tmp_path)
+    writer = reports.Writer(tmp_path)
     writer._log.close()
     writer._log = open("/dev/full", "w")
     for finish in (lambda: writer.scalars(1, {"loss": 1.0}), writer.close):
@@ -212,17 +213,17 @@ def test_progress_that_never_began_prints_nothing():
 
 
 def test_curves_draw_a_panel_per_key(tmp_path):
-    writer = logs.Writer(tmp_path)
+    writer = reports.Writer(tmp_path)
     for step in range(5):
         writer.scalars(step, {"loss": float("nan") if step == 2 else 5 - step, "accuracy": step})
     writer.close()
     drawn = []
-    for keys in (["loss"], ["loss", "accuracy", "absent"], ["loss"] * (logs.PANELS_PER_ROW + 1)):
-        logs.curves(tmp_path / "log.jsonl", tmp_path / "curves.png", keys)
+    for keys in (["loss"], ["loss", "accuracy", "absent"], ["loss"] * (reports.PANELS_PER_ROW + 1)):
+        reports.curves(tmp_path / "log.jsonl", tmp_path / "curves.png", keys)
         drawn.append(np.asarray(Image.open(tmp_path / "curves.png").convert("RGB")))
     one, three, many = drawn
     assert three.shape[1] == 3 * one.shape[1] and one.std() > 5
-    assert many.shape[:2] == (2 * one.shape[0], logs.PANELS_PER_ROW * one.shape[1])
+    assert many.shape[:2] == (2 * one.shape[0], reports.PANELS_PER_ROW * one.shape[1])
 
 
 @pytest.mark.parametrize("place", ["curves", "pictures", "film"])
@@ -232,7 +233,7 @@ def test_a_file_that_cannot_be_written_is_named(place, tmp_path):
     (tmp_path / "folder.png").mkdir()
     frames = np.zeros((2, 4, 4, 3), np.uint8)
     write = {
-        "curves": lambda: logs.curves(tmp_path / "log.jsonl", tmp_path / "file" / "curves.png"),
+        "curves": lambda: reports.curves(tmp_path / "log.jsonl", tmp_path / "file" / "curves.png"),
         "pictures": lambda: pictures.save_pictures(tmp_path, {"folder": frames[0]}),
         "film": lambda: pictures.save_gif(tmp_path / "file" / "film.gif", frames),
     }
@@ -247,15 +248,15 @@ def test_a_log_that_cannot_be_read_is_named(make, tmp_path):
     path = tmp_path / "log.jsonl"
     {"absent": lambda path: None, "folder": pathlib.Path.mkdir, "pipe": os.mkfifo}[make](path)
     with pytest.raises(errors.UserError, match="cannot read .*log.jsonl: "):
-        logs.curves(path, tmp_path / "curves.png")
+        reports.curves(path, tmp_path / "curves.png")
     if make != "absent":
         with pytest.raises(errors.UserError, match="cannot write to workdir"):
-            logs.Writer(tmp_path, start_step=1)
+            reports.Writer(tmp_path, start_step=1)
 
 
 def test_a_picture_that_cannot_be_replaced_stays_whole(tmp_path, monkeypatch):
     pictures.save_pictures(tmp_path, {"a": np.zeros((4, 4, 3), np.uint8)})
-    monkeypatch.setattr(logs.files.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(files.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(errors.UserError, match="cannot write .*a.png: No space left on device"):
         pictures.save_pictures(tmp_path, {"a": np.full((4, 4, 3), 255, np.uint8)})
     assert np.asarray(Image.open(tmp_path / "a.png")).max() == 0
@@ -270,17 +271,17 @@ STRANGE = [
 def test_lines_of_a_log_whose_step_is_no_number_are_left_out(tmp_path):
     sound = ['{"step": 1, "loss": 3.0}', '{"step": 2, "loss": 2.0}']
     (tmp_path / "log.jsonl").write_text("\n".join([sound[0], *STRANGE, sound[1]]))
-    logs.Writer(tmp_path, start_step=4).close()
+    reports.Writer(tmp_path, start_step=4).close()
     assert (tmp_path / "log.jsonl").read_text().splitlines() == sound
-    logs.curves(tmp_path / "log.jsonl", tmp_path / "curves.png", ["loss"])
+    reports.curves(tmp_path / "log.jsonl", tmp_path / "curves.png", ["loss"])
 
 
 def test_values_of_a_log_that_are_no_numbers_are_left_out(tmp_path):
     values = {"a": '"high"', "b": "[1]", "c": "{}", "d": "NaN", "e": "-Infinity", "f": "1e999", "g": "9" * 400, "h": "true", "i": "0.5"}
     (tmp_path / "log.jsonl").write_text('{"step": 1, ' + ", ".join(f'"{name}": {value}' for name, value in values.items()) + "}\n")
-    logs.Writer(tmp_path, start_step=4).close()
+    reports.Writer(tmp_path, start_step=4).close()
     assert log(tmp_path) == [{"step": 1, "d": None, "e": None, "f": None, "g": None, "i": 0.5}]
-    logs.curves(tmp_path / "log.jsonl", tmp_path / "curves.png", list(values))
+    reports.curves(tmp_path / "log.jsonl", tmp_path / "curves.png", list(values))
 
 
 class Broken(io.StringIO):

@@ -14,10 +14,24 @@ from addp_jax.api.model import Model
 from addp_jax.weights import checkpoint, layouts, weight_files
 
 DTYPES = ("", "auto", "float32", "bfloat16")
-SIZES = {"vitb": dict(width=768, depth=12, heads=12), "vitl": dict(width=1024, depth=24, heads=16)}  # of the published encoders
+SIZES = {
+    "vitb": dict(width=768, depth=12, heads=12),
+    "vitl": dict(width=1024, depth=24, heads=16),
+}  # of the published encoders
 DECODER = dict(depth=8, heads=16)
 # Numbers of a config that its tensors must confirm before a network is built: a file may claim any size.
-CONFIRMED = ("width", "depth", "mlp_ratio", "vocab_size", "patch_size", "channels", "multipliers", "num_res_blocks", "code_width", "num_classes")
+CONFIRMED = (
+    "width",
+    "depth",
+    "mlp_ratio",
+    "vocab_size",
+    "patch_size",
+    "channels",
+    "multipliers",
+    "num_res_blocks",
+    "code_width",
+    "num_classes",
+)
 LARGEST = 2**14  # of any other whole number, such as an image size, in the config of a weight file
 ENDING = "_weights"  # of fields that hold a path
 
@@ -55,8 +69,9 @@ def of_run(workdir: str) -> program.Config:
     path = os.path.join(workdir, checkpoint.CONFIG_NAME)
     if not os.path.exists(path):
         raise errors.UserError(
-            f"{workdir} has no {checkpoint.CONFIG_NAME}: it is no run, is imported (then give size=), or was trained before runs "
-            "kept their config; of a run, the command that trained it writes the file if it is run once more"
+            f"{workdir} has no {checkpoint.CONFIG_NAME}: it is no run, is imported (then give size=), "
+            "or was trained before runs kept their config; of a run, "
+            "the command that trained it writes the file if it is run once more"
         )
     try:
         return schema.build(program.Config, files.read_json(path))
@@ -68,7 +83,9 @@ def of_file(path: str) -> program.Config:
     """The config in the header of a .safetensors file. Nothing in it is trusted. Raises UserError naming the file."""
     text = weight_files.read_config(path)
     if not text:
-        raise errors.UserError(f"{path} holds no config: give size= ({' or '.join(SIZES)}), or export the run to .safetensors again")
+        raise errors.UserError(
+            f"{path} holds no config: give size= ({' or '.join(SIZES)}), or export the run to .safetensors again"
+        )
     try:
         fields = json.loads(text)
         check_numbers(fields)
@@ -132,7 +149,7 @@ def frozen_fields(config: program.Config) -> list[str]:
 
 
 def with_paths(config: program.Config, path: str, inside: str, given: Mapping[str, str]) -> dict:
-    """The fields of `config.model`, with paths of frozen networks as they are now and without paths that only training reads.
+    """The fields of `config.model`: paths of frozen networks as they are now, none of weights that only training reads.
 
     inside: where all frozen networks are; "" = where the config says, else beside the work directory `path`.
     Raises ValueError for a `given` path of a network that the run does not have.
@@ -172,7 +189,9 @@ def load_frozen(run: program.Program, path: str) -> dict:
                 if written and os.path.exists(written):
                     raise errors.UserError(f"{error}; or give {name}=PATH") from error
                 where = f"nothing at {written!r} nor beside {path}" if written else "the config says no path"
-                raise errors.UserError(f"config.model.{field}: {where}; give {name}=PATH, a work directory or a weight file") from error
+                raise errors.UserError(
+                    f"config.model.{field}: {where}; give {name}=PATH, a work directory or a weight file"
+                ) from error
         raise
 
 

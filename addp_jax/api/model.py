@@ -14,14 +14,16 @@ from addp_jax.generation import own_images
 from addp_jax.ops import images as pixels
 
 CACHED = 16  # compiled functions that are kept
-MASK_SIZES = 8  # edits of so many numbers of masked tokens are compiled apart: with more known, the decoder has more room
+MASK_SIZES = (
+    8  # edits of so many numbers of masked tokens are compiled apart: with more known, the decoder has more room
+)
 
 
 class Model:
     """The networks of a run on all devices; made by `addp_jax.load`.
 
-    S is the image size of the run. Images are given as one image or a list of them, PIL or uint8 [H,W,3], or as an array
-    uint8 [N,H,W,3]. Those of another size are resized until they fill the square, and cropped in the centre.
+    S is the image size of the run. Images are given as one image or a list of them, PIL or uint8 [H,W,3], or as an
+    array uint8 [N,H,W,3]. Those of another size are resized until they fill the square, and cropped in the centre.
 
     Every method takes `batch_size`, the most images that are computed at once, over all devices. The first call of each
     batch size compiles. A batch is padded to a power of two, so that few sizes are compiled.
@@ -46,7 +48,8 @@ class Model:
     def sample(self, n: int, *, seed: int = 0, steps: int | None = None, batch_size: int = 64, **sampler) -> np.ndarray:
         """`n` images drawn from nothing: uint8 [n,S,S,3].
 
-        They are those of `--mode=generate` with the same seed; in batches of another size, a byte may be rounded to the next.
+        They are those that the mode `generate` writes with the same seed and batch size; with another batch size they
+        agree up to the rounding of the networks.
 
         Args:
           seed: 0 to 2^32 - 1. Image i depends on the seed and on i alone.
@@ -58,7 +61,8 @@ class Model:
         return self._over(self._drawing(config, None), {"number": numbers}, batch_size, seed_of(seed))
 
     def edit(
-        self, image, mask, *, n: int = 4, seed: int = 0, steps: int | None = None, feather: int = 0, batch_size: int = 64, **sampler
+        self, image, mask, *, n: int = 4, seed: int = 0, steps: int | None = None, feather: int = 0,
+        batch_size: int = 64, **sampler,
     ) -> np.ndarray:  # fmt: skip
         """`n` results of drawing a part of one image anew: uint8 [n,S,S,3].
 
@@ -78,7 +82,9 @@ class Model:
             raise ValueError("mask: outside of the image's central square, of which alone results are made")
         each = max(1, tokenizer.length // MASK_SIZES)
         fewest = max(1, int(hidden.sum()) // each * each)
-        examples = {"number": numbers} | {name: np.stack([array] * len(numbers)) for name, array in (("image", canvas), ("mask", hidden))}
+        examples = {"number": numbers} | {
+            name: np.stack([array] * len(numbers)) for name, array in (("image", canvas), ("mask", hidden))
+        }
         drawn = self._over(self._drawing(config, fewest), examples, batch_size, seed_of(seed))
         return own_images.blend(drawn, canvas, redrawn, feather) if feather else drawn
 
@@ -115,7 +121,9 @@ class Model:
         if isinstance(self._program.task, abilities):
             return
         able = [name for name in tasks.names() if set(abilities) & set(tasks.load(name).Task.__mro__)]
-        raise ValueError(f"{method}: a run of the task {self._program.config.task} cannot; load a run of {' or '.join(able)}")
+        raise ValueError(
+            f"{method}: a run of the task {self._program.config.task} cannot; load a run of {' or '.join(able)}"
+        )
 
     def _sampler(self, method: str, steps, changes: dict) -> samplers.Config:
         """The sampler's config for one call of `method`."""
@@ -124,7 +132,7 @@ class Model:
         return other_sampler(self._program.task.sampler_config, changes | steps)
 
     def _make_drawing(self, config: samplers.Config, fewest: int | None):
-        """Jitted `((params, frozen, key), batch) -> uint8 [B,S,S,3]`. fewest: see `samplers.sample`; None = from nothing."""
+        """Jitted `((params, frozen, key), batch) -> uint8 [B,S,S,3]`; fewest: see `samplers.sample`, None = all."""
         task, sampler = self._program.task, schema.module_of(config)
 
         def run(networks, batch):
@@ -154,7 +162,9 @@ class Model:
             "features": lambda networks, image: task.features(*networks, image),
             "logits": lambda networks, image: task.logits(*networks, image),
         }
-        return jax.jit(partition.per_device(lambda networks, batch: functions[what](networks, batch["image"]), self._program.mesh))
+        return jax.jit(
+            partition.per_device(lambda networks, batch: functions[what](networks, batch["image"]), self._program.mesh)
+        )
 
     def _over(self, function, examples: dict, batch_size: int, seed: int | None = None) -> np.ndarray:
         """`function` of the arrays `examples`, [N,...] each, batch by batch."""
@@ -165,7 +175,9 @@ class Model:
             networks = self._networks if seed is None else (*self._networks, jax.random.key(seed))
             for first in range(0, count, size):
                 rows = np.minimum(np.arange(first, first + size), count - 1)
-                batch = partition.put({name: array[rows] for name, array in examples.items()}, partition.batch_sharding(mesh))
+                batch = partition.put(
+                    {name: array[rows] for name, array in examples.items()}, partition.batch_sharding(mesh)
+                )
                 results.append(partition.whole(function(networks, batch))[: count - first])
         return np.concatenate(results)
 

@@ -20,7 +20,7 @@ class Config:
     decoder: layers.TransformerConfig = layers.TransformerConfig(depth=8, heads=16)
     num_codes: int = schema.field(1024, least=1, tiny=32)  # K
     vocab_size: int = schema.field(2025, least=2, tiny=36)  # V
-    class_id: int = schema.field(1100, least=0, tiny=34)  # in the class slot: row 76 after the codes in the released weights
+    class_id: int = schema.field(1100, least=0, tiny=34)  # in the class slot; released: row 76 after the codes
     length: int = schema.field(256, least=1, tiny=16)  # L
     # Of the initial token embedding, which also is the (untrained) output matrix.
     token_std: float = schema.field(0.02, least=0, matters=schema.TRAINING)

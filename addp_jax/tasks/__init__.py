@@ -147,7 +147,7 @@ class Classifier(Recogniser, Protocol):
         return Labelled(image_transform(split, data, self.image_size, self.crop_pct), self.num_classes)
 
 
-ABILITIES = {Generator: "draw images", Autoencoder: "reconstruct images", Recogniser: "have features of images", Classifier: "name classes"}
+ABILITIES: dict[type, str] = {Generator: "draw images", Autoencoder: "reconstruct images", Recogniser: "have features of images", Classifier: "name classes"}
 
 
 def names() -> list[str]:

@@ -8,6 +8,7 @@ import jax
 
 from addp_jax import errors, logs
 from addp_jax.program import TrainingProgram
+from addp_jax.training import reports
 
 
 class Log:
@@ -15,13 +16,13 @@ class Log:
 
     def __init__(self, workdir: str, run: TrainingProgram, saver, start: int):
         if jax.process_index() == 0:
-            print(logs.parameters(workdir, run.params))
-        self.writer = logs.Writer(workdir, enabled=jax.process_index() == 0, start_step=start)
+            print(reports.parameters(workdir, run.params))
+        self.writer = reports.Writer(workdir, enabled=jax.process_index() == 0, start_step=start)
         self.progress = logs.Progress(run.length.total, start, enabled=jax.process_index() == 0)
         self.every, self.saver, self.workdir = run.config.log_every, saver, workdir
         self.waiting, self.window = None, []
         first = run.config.profile
-        self.trace = logs.Trace(workdir, first, enabled=jax.process_index() == 0 and first > start)
+        self.trace = reports.Trace(workdir, first, enabled=jax.process_index() == 0 and first > start)
 
     def add(self, step: int, metrics) -> None:
         self.flush()
@@ -69,7 +70,7 @@ class Log:
             self.progress.close()
             self.writer.close()
             if jax.process_index() == 0:
-                logs.curves(f"{self.workdir}/log.jsonl", f"{self.workdir}/curves.png")
+                reports.curves(f"{self.workdir}/log.jsonl", f"{self.workdir}/curves.png")
         except errors.UserError:
             if kind is None:  # else the error that ends the run says more
                 raise

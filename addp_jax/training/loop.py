@@ -11,11 +11,11 @@ import sys
 
 import jax
 
-from addp_jax import errors, files, logs, parameters, partition, processes, program, schema, tasks, weights
+from addp_jax import errors, files, parameters, partition, processes, program, schema, tasks, weights
 from addp_jax.data import pipeline
 from addp_jax.ops import keys
 from addp_jax.program import TrainingProgram
-from addp_jax.training import evaluate
+from addp_jax.training import evaluate, reports
 from addp_jax.training.log import Log
 from addp_jax.weights import checkpoint, lock
 
@@ -92,7 +92,7 @@ def finish(run: TrainingProgram, workdir: str, state, frozen, start: int, saver,
     config, total = run.config, run.length.total
     due = bool(start) and (start % config.eval_every == 0 or start >= total)
     first = jax.process_index() == 0  # it alone has the log
-    missing = due and not processes.agreed(not first or logs.holds(f"{workdir}/log.jsonl", start, "eval/"))
+    missing = due and not processes.agreed(not first or reports.holds(f"{workdir}/log.jsonl", start, "eval/"))
     if start >= total and not missing:
         print(f"{workdir}: already trained to step {start} of {total}")
         return
