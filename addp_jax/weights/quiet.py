@@ -20,9 +20,10 @@ def install() -> None:
     before = sys.unraisablehook
 
     def unraisable(event):
-        """Of a failed read or write, orbax raises the first error and closes its loop; what still ends then cannot report there."""
+        """Of a failed read or write, orbax raises the first error and closes its loop; what ends later fails there."""
         if not (event.exc_type is RuntimeError and str(event.exc_value) == "Event loop is closed"):
             before(event)
 
     sys.unraisablehook = unraisable
-    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)  # the same, of what had not begun
+    # The same, of what had not begun.
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
