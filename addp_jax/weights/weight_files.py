@@ -51,7 +51,6 @@ OTHER_KINDS = (  # how other files begin, and what to do with them
     (rb"\s*[{\[]\s*[\"\]}]", "a JSON text, not the weights: "
      "of a checkpoint in several parts, join these into one .safetensors file"),
 )
-SAFETENSORS_START = re.compile(rb"(?s).{6}\0\0\{")
 
 
 class Stored:
@@ -113,7 +112,7 @@ def refuse_other_kinds(path: str, extension: str) -> None:
             raise errors.UserError(f"{path} is {what}")
     if extension not in TORCH and (start.startswith(torch_files.ZIP) or torch_files.PICKLE.match(start)):
         raise errors.UserError(f"{path} is a file of PyTorch's by its content: give it a name that ends in .pth")
-    if SAFETENSORS_START.match(start) and extension != ".safetensors":
+    if extension != ".safetensors" and re.match(rb"(?s).{6}\0\0\{", start):  # a length below 256 TiB, then JSON
         raise errors.UserError(f"{path} is a safetensors file by its content: give it a name that ends in .safetensors")
 
 
