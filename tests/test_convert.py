@@ -229,7 +229,7 @@ def test_a_file_of_another_size_names_the_field(runs, tmp_path):
 
 
 def test_missing_networks_are_named(runs, tmp_path):
-    with pytest.raises(errors.UserError, match="layout=addp: no token_predictor and no tokenizer in .*--weights=PATH"):
+    with pytest.raises(errors.UserError, match="layout=addp: no token_predictor and no tokenizer in .*as weights=PATH"):
         export(runs, tmp_path / "a.safetensors", paths=())
     assert not list(tmp_path.iterdir())
 
@@ -244,7 +244,7 @@ def test_frozen_networks_must_be_those_of_the_training(runs, tmp_path):
 def test_an_existing_file_is_replaced_only_by_force(runs, tmp_path):
     output = tmp_path / "a.safetensors"
     output.write_text("mine")
-    with pytest.raises(errors.UserError, match="--force replaces it"):
+    with pytest.raises(errors.UserError, match="; force replaces it"):
         export(runs, output, "timm")
     assert output.read_text() == "mine"
     export(runs, output, "timm", force=True)
@@ -295,7 +295,7 @@ def test_a_run_starts_from_the_weights_it_is_given(tmp_path):
         np.testing.assert_allclose(one, other, atol=1e-20, rtol=0)
     shutil.move(given, moved)
     loop.train(still(init=moved), ended)
-    with pytest.raises(errors.UserError, match="init.* is 'absent'.*use another --workdir"):
+    with pytest.raises(errors.UserError, match="init.* is 'absent'.*use another workdir"):
         loop.train(still(), ended)
     with pytest.raises(errors.UserError, match="^config.init: nothing at /nowhere"):
         loop.train(still(init="/nowhere"), str(tmp_path / "run"))

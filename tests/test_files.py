@@ -21,7 +21,7 @@ from addp_jax import errors
 from addp_jax.codecs import vqgan
 from addp_jax.weights import convert, pytorch, weight_files
 
-CONFIG = vqgan.Config(8, 4, (1, 2), num_res_blocks=1, num_codes=6, code_width=3, num_groups=2)
+CONFIG = vqgan.Config(image_size=8, channels=4, multipliers=(1, 2), num_res_blocks=1, num_codes=6, code_width=3, num_groups=2)
 
 
 def tensors() -> dict:
@@ -260,7 +260,7 @@ def test_a_file_that_the_disk_has_no_room_for_is_not_begun(tmp_path):
 
 
 @pytest.mark.parametrize("name, message", [("a.txt", "ends in .safetensors"), ("no/a.safetensors", "there is no folder"),
-                                           ("there.safetensors", "--force replaces it")])  # fmt: skip
+                                           ("there.safetensors", "; force replaces it")])  # fmt: skip
 def test_outputs_that_cannot_be_are_refused(tmp_path, name, message):
     (tmp_path / "there.safetensors").write_text("")
     with pytest.raises(errors.UserError, match=message):

@@ -143,5 +143,5 @@ def test_random_weights_have_the_networks_shapes_and_are_always_the_same():
 @pytest.mark.parametrize("path, problem", [("", "is empty"), ("/nowhere/at/all", "nothing at /nowhere/at/all")])
 def test_weights_that_are_not_there_name_the_field_and_how_to_get_them(path, problem):
     for name in NETWORKS:
-        with pytest.raises(errors.UserError, match=f"^config.model.some_weights.*{problem}.*train one with --config=configs/"):
+        with pytest.raises(errors.UserError, match=f"^config.model.some_weights.*{problem}.*train one with configs/"):
             weights.load(path, name, None, None, "config.model.some_weights")

@@ -18,7 +18,12 @@ def photograph(path, size, seed=0, **options):
 
 
 def call(source, output, *more):
-    return prepare.main(["--input", str(source), "--output", str(output), *more])
+    """The exit status."""
+    try:
+        prepare.main(["--input", str(source), "--output", str(output), *more])
+    except SystemExit as end:
+        return end.code
+    return 0
 
 
 def test_bilinear_then_the_central_square(tmp_path, capsys):

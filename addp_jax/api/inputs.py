@@ -27,7 +27,7 @@ def whole_number(name: str, value, least: int, most: int | None = None) -> int:
 def image(name: str, value) -> np.ndarray:
     """One image, a PIL image or an array, as uint8 [H,W,3]."""
     if isinstance(value, Image.Image):
-        return np.asarray(rgb(value))
+        return np.asarray(transforms.rgb(ImageOps.exif_transpose(value)))
     array = np.asarray(value)
     if array.dtype.kind == "f":
         raise ValueError(f"{name}: {array.dtype} values; give uint8, of an image in [0,1]: np.uint8(255 * image)")
@@ -48,21 +48,13 @@ def images(name: str, value) -> list[np.ndarray]:
         value = value if value.ndim == 4 else [value]
     if not len(value):
         raise ValueError(f"{name}: there are none")
-    return [image(name, one) for one in value]
+    return [image(name, entry) for entry in value]
 
 
 def squares(name: str, value, size: int, crop_pct: float = 1.0) -> np.ndarray:
     """`images`, each resized and cropped in the centre as in an evaluation: uint8 [N,size,size,3]."""
     short = int(size / crop_pct)
-    return np.stack([transforms.centre_square(one, short, size) for one in images(name, value)])
-
-
-def rgb(picture: Image.Image) -> Image.Image:
-    """As images are read from files: upright, 16-bit grey scaled, without transparency."""
-    picture = transforms.grey8(ImageOps.exif_transpose(picture))
-    if picture.mode == "P" and "transparency" in picture.info:
-        picture = picture.convert("RGBA")  # PIL warns about the direct way
-    return picture.convert("RGB")
+    return np.stack([transforms.centre_square(array, short, size) for array in images(name, value)])
 
 
 def mask(name: str, value, shape: tuple[int, int]) -> np.ndarray:

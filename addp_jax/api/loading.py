@@ -8,30 +8,21 @@ import os
 from collections.abc import Mapping
 
 import jax
+from flax import traverse_util
 
 from addp_jax import errors, files, partition, program, schema, tasks, weights
 from addp_jax.api.model import Model
 from addp_jax.weights import checkpoint, layouts, weight_files
 
 DTYPES = ("", "auto", "float32", "bfloat16")
-SIZES = {
-    "vitb": dict(width=768, depth=12, heads=12),
-    "vitl": dict(width=1024, depth=24, heads=16),
-}  # of the published encoders
+# Of the published networks.
+SIZES = {"vitb": dict(width=768, depth=12, heads=12), "vitl": dict(width=1024, depth=24, heads=16)}
 DECODER = dict(depth=8, heads=16)
 # Numbers of a config that its tensors must confirm before a network is built: a file may claim any size.
 CONFIRMED = (
-    "width",
-    "depth",
-    "mlp_ratio",
-    "vocab_size",
-    "patch_size",
-    "channels",
-    "multipliers",
-    "num_res_blocks",
-    "code_width",
-    "num_classes",
-)
+    "width", "depth", "mlp_ratio", "vocab_size", "patch_size", "channels", "multipliers", "num_res_blocks",
+    "code_width", "num_classes",
+)  # fmt: skip
 LARGEST = 2**14  # of any other whole number, such as an image size, in the config of a weight file
 ENDING = "_weights"  # of fields that hold a path
 
@@ -45,7 +36,9 @@ def load(path: str, size: str, dtype: str, given: Mapping[str, str]) -> Model:
     path = files.expand(path)
     if not os.path.exists(path):
         raise errors.UserError(f"nothing at {path}: give the work directory of a run or a weight file")
-    keep_compilations()
+    # Where the user has set a folder for compiled programs, JAX keeps all of them, short ones too.
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR") and "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     config = published(path, size) if size else of_run(path) if os.path.isdir(path) else of_file(path)
     inside = path if size or not os.path.isdir(path) else ""  # the frozen networks are in the same place
     config = dataclasses.replace(config, mesh=partition.Config(), dtype=dtype or config.dtype)
@@ -58,21 +51,13 @@ def load(path: str, size: str, dtype: str, given: Mapping[str, str]) -> Model:
     return Model(run, networks, class_names(run.task, identity))
 
 
-def keep_compilations() -> None:
-    """Have JAX keep every compiled program, short ones too, where the user has set a folder for them."""
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR") and "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
 def of_run(workdir: str) -> program.Config:
     """The config that training wrote. Raises UserError naming the file if there is none that can be read."""
     path = os.path.join(workdir, checkpoint.CONFIG_NAME)
     if not os.path.exists(path):
-        raise errors.UserError(
-            f"{workdir} has no {checkpoint.CONFIG_NAME}: it is no run, is imported (then give size=), "
-            "or was trained before runs kept their config; of a run, "
-            "the command that trained it writes the file if it is run once more"
-        )
+        why = "it is no run, is imported (then give size=), or was trained before runs kept their config"
+        advice = "of a run, the command that trained it writes the file if it is run once more"
+        raise errors.UserError(f"{workdir} has no {checkpoint.CONFIG_NAME}: {why}; {advice}")
     try:
         return schema.build(program.Config, files.read_json(path))
     except (OSError, ValueError, errors.UserError) as error:
@@ -83,9 +68,8 @@ def of_file(path: str) -> program.Config:
     """The config in the header of a .safetensors file. Nothing in it is trusted. Raises UserError naming the file."""
     text = weight_files.read_config(path)
     if not text:
-        raise errors.UserError(
-            f"{path} holds no config: give size= ({' or '.join(SIZES)}), or export the run to .safetensors again"
-        )
+        advice = f"give size= ({' or '.join(SIZES)}), or export the run to .safetensors again"
+        raise errors.UserError(f"{path} holds no config: {advice}")
     try:
         fields = json.loads(text)
         check_numbers(fields)
@@ -107,23 +91,15 @@ def check_numbers(fields) -> None:
             raise ValueError(f"a number in it is {files.printable(str(value), 20)}, above {LARGEST}")
 
 
-def check_sizes(model, told: dict) -> None:
-    """Raises ValueError if a network's Config in `model` has other sizes than the tensors tell: {network: Config}."""
+def check_sizes(model, of_tensors: dict) -> None:
+    """Raises ValueError if a network's Config in `model` has other sizes than its tensors: {network: Config}."""
     for entry in dataclasses.fields(model):
         own = getattr(model, entry.name)
-        for config in (config for config in told.values() if type(config) is type(own)):
-            ours, theirs = (flat(schema.fields(each)) for each in (own, config))
+        for config in (config for config in of_tensors.values() if type(config) is type(own)):
+            ours, theirs = (traverse_util.flatten_dict(schema.fields(each), sep=".") for each in (own, config))
             for name in ours:
                 if name.split(".")[-1] in CONFIRMED and ours[name] != theirs[name]:
                     raise ValueError(f"model.{entry.name}.{name} is {ours[name]}, that of its tensors {theirs[name]}")
-
-
-def flat(fields: Mapping, prefix: str = "") -> dict:
-    """Nested fields by their names joined by dots."""
-    found = {}
-    for name, value in fields.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return found
 
 
 def published(path: str, size: str) -> program.Config:
@@ -136,10 +112,10 @@ def published(path: str, size: str) -> program.Config:
         "classifier": ("classification", dict(net=dict(encoder=encoder | dict(input_norm=False, final_norm=False)))),
         "tokenizer": ("tokenizer", {}),
     }
-    there = weights.read(path).keys() if os.path.isdir(path) else layouts.configs(path).keys()
-    holder = next((name for name in models if name in there), None)
+    networks = weights.read(path) if os.path.isdir(path) else layouts.configs(path)
+    holder = next((name for name in models if name in networks), None)
     if holder is None:
-        raise errors.UserError(f"{path} holds {', '.join(there)}; give one of {', '.join(models)}")
+        raise errors.UserError(f"{path} holds {', '.join(networks)}; give one of {', '.join(models)}")
     return program.Config(*models[holder])
 
 
@@ -149,7 +125,7 @@ def frozen_fields(config: program.Config) -> list[str]:
 
 
 def with_paths(config: program.Config, path: str, inside: str, given: Mapping[str, str]) -> dict:
-    """The fields of `config.model`: paths of frozen networks as they are now, none of weights that only training reads.
+    """The fields of `config.model`: paths of frozen networks as they are now, none that only training reads.
 
     inside: where all frozen networks are; "" = where the config says, else beside the work directory `path`.
     Raises ValueError for a `given` path of a network that the run does not have.
@@ -189,9 +165,8 @@ def load_frozen(run: program.Program, path: str) -> dict:
                 if written and os.path.exists(written):
                     raise errors.UserError(f"{error}; or give {name}=PATH") from error
                 where = f"nothing at {written!r} nor beside {path}" if written else "the config says no path"
-                raise errors.UserError(
-                    f"config.model.{field}: {where}; give {name}=PATH, a work directory or a weight file"
-                ) from error
+                advice = f"give {name}=PATH, a work directory or a weight file"
+                raise errors.UserError(f"config.model.{field}: {where}; {advice}") from error
         raise
 
 

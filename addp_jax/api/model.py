@@ -14,9 +14,7 @@ from addp_jax.generation import own_images
 from addp_jax.ops import images as pixels
 
 CACHED = 16  # compiled functions that are kept
-MASK_SIZES = (
-    8  # edits of so many numbers of masked tokens are compiled apart: with more known, the decoder has more room
-)
+MASK_SIZES = 8  # so many sizes of masks are compiled apart: with more tokens known, the decoder has more room
 
 
 class Model:
@@ -48,8 +46,7 @@ class Model:
     def sample(self, n: int, *, seed: int = 0, steps: int | None = None, batch_size: int = 64, **sampler) -> np.ndarray:
         """`n` images drawn from nothing: uint8 [n,S,S,3].
 
-        They are those that the mode `generate` writes with the same seed and batch size; with another batch size they
-        agree up to the rounding of the networks.
+        They are those of mode `generate` with the same seed; other batch sizes may round a byte to the next.
 
         Args:
           seed: 0 to 2^32 - 1. Image i depends on the seed and on i alone.
@@ -82,33 +79,26 @@ class Model:
             raise ValueError("mask: outside of the image's central square, of which alone results are made")
         each = max(1, tokenizer.length // MASK_SIZES)
         fewest = max(1, int(hidden.sum()) // each * each)
-        examples = {"number": numbers} | {
-            name: np.stack([array] * len(numbers)) for name, array in (("image", canvas), ("mask", hidden))
-        }
+        image, mask = (np.stack([array] * len(numbers)) for array in (canvas, hidden))
+        examples = {"number": numbers, "image": image, "mask": mask}
         drawn = self._over(self._drawing(config, fewest), examples, batch_size, seed_of(seed))
         return own_images.blend(drawn, canvas, redrawn, feather) if feather else drawn
 
     def reconstruct(self, images, *, batch_size: int = 64) -> np.ndarray:
         """What the tokenizer keeps of images: uint8 [N,S,S,3]. Runs that draw images have one, too."""
         self._require("reconstruct", tasks.Autoencoder, tasks.Generator)
-        examples = {"image": inputs.squares("images", images, self.image_size)}
-        return self._over(self._compiled("reconstruct"), examples, batch_size)
+        return self._of_images("reconstruct", images, 1.0, batch_size)
 
     def features(self, images, *, batch_size: int = 64) -> np.ndarray:
         """Features of images: float32 [N,D]."""
         self._require("features", tasks.Recogniser)
-        examples = {"image": inputs.squares("images", images, self.image_size, self._program.task.crop_pct)}
-        return self._over(self._compiled("features"), examples, batch_size)
+        return self._of_images("features", images, self._program.task.crop_pct, batch_size)
 
     def classify(self, images, *, top: int = 5, batch_size: int = 64) -> list[list[tuple[str, float]]]:
-        """The `top` most probable classes of each image, with their probabilities: [[(name, probability), ...], ...].
-
-        At most as many as the network has classes.
-        """
+        """The `top` most probable classes of each image, at most all: [[(name, probability), ...], ...]."""
         self._require("classify", tasks.Classifier)
         top = inputs.whole_number("top", top, 1)
-        examples = {"image": inputs.squares("images", images, self.image_size, self._program.task.crop_pct)}
-        logits = self._over(self._compiled("logits"), examples, batch_size)
+        logits = self._of_images("logits", images, self._program.task.crop_pct, batch_size)
         if not np.isfinite(logits).all():
             raise errors.UserError("the network's scores are NaN or infinite; it names nothing")
         probs = np.exp(logits - logits.max(-1, keepdims=True))
@@ -121,9 +111,8 @@ class Model:
         if isinstance(self._program.task, abilities):
             return
         able = [name for name in tasks.names() if set(abilities) & set(tasks.load(name).Task.__mro__)]
-        raise ValueError(
-            f"{method}: a run of the task {self._program.config.task} cannot; load a run of {' or '.join(able)}"
-        )
+        task = self._program.config.task
+        raise ValueError(f"{method}: a run of the task {task} cannot; load a run of {' or '.join(able)}")
 
     def _sampler(self, method: str, steps, changes: dict) -> samplers.Config:
         """The sampler's config for one call of `method`."""
@@ -131,8 +120,13 @@ class Model:
         steps = {} if steps is None else {"steps": inputs.whole_number("steps", steps, 1)}
         return other_sampler(self._program.task.sampler_config, changes | steps)
 
+    def _of_images(self, what: str, images, crop_pct: float, batch_size: int) -> np.ndarray:
+        """See `_compile`."""
+        examples = {"image": inputs.squares("images", images, self.image_size, crop_pct)}
+        return self._over(self._compiled(what), examples, batch_size)
+
     def _make_drawing(self, config: samplers.Config, fewest: int | None):
-        """Jitted `((params, frozen, key), batch) -> uint8 [B,S,S,3]`; fewest: see `samplers.sample`, None = all."""
+        """Jitted `((params, frozen, key), batch) -> uint8 [B,S,S,3]`; fewest: of `samplers.sample`, None: no edit."""
         task, sampler = self._program.task, schema.module_of(config)
 
         def run(networks, batch):
@@ -140,7 +134,8 @@ class Model:
             nets = task.nets(*nets)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["number"])
             if fewest is None:
-                carry = samplers.start(nets, keys, jnp.zeros((len(keys), task.image_size, task.image_size, 3)), 1.0)
+                zeros = jnp.zeros((len(keys), task.image_size, task.image_size, 3))
+                carry = samplers.start(nets, keys, zeros, 1.0)
             else:
                 carry = samplers.start_with(nets, pixels.to_unit(batch["image"]), batch["mask"])
             carry, _ = samplers.sample(sampler, config, nets, keys, carry, 1.0, fewest)
@@ -153,18 +148,19 @@ class Model:
         task = self._program.task
 
         def reconstruct(networks, image):
-            if isinstance(task, tasks.Autoencoder):
-                return pixels.to_uint8(task.reconstruct(*networks, pixels.to_unit(image)))
-            return pixels.to_uint8(samplers.reconstruct(task.nets(*networks), pixels.to_unit(image)))
+            image = pixels.to_unit(image)
+            own = isinstance(task, tasks.Autoencoder)
+            return pixels.to_uint8(
+                task.reconstruct(*networks, image) if own else samplers.reconstruct(task.nets(*networks), image)
+            )
 
         functions = {
             "reconstruct": reconstruct,
             "features": lambda networks, image: task.features(*networks, image),
             "logits": lambda networks, image: task.logits(*networks, image),
         }
-        return jax.jit(
-            partition.per_device(lambda networks, batch: functions[what](networks, batch["image"]), self._program.mesh)
-        )
+        function = lambda networks, batch: functions[what](networks, batch["image"])
+        return jax.jit(partition.per_device(function, self._program.mesh))
 
     def _over(self, function, examples: dict, batch_size: int, seed: int | None = None) -> np.ndarray:
         """`function` of the arrays `examples`, [N,...] each, batch by batch."""
@@ -175,9 +171,8 @@ class Model:
             networks = self._networks if seed is None else (*self._networks, jax.random.key(seed))
             for first in range(0, count, size):
                 rows = np.minimum(np.arange(first, first + size), count - 1)
-                batch = partition.put(
-                    {name: array[rows] for name, array in examples.items()}, partition.batch_sharding(mesh)
-                )
+                batch = {name: array[rows] for name, array in examples.items()}
+                batch = partition.put(batch, partition.batch_sharding(mesh))
                 results.append(partition.whole(function(networks, batch))[: count - first])
         return np.concatenate(results)
 

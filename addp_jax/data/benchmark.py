@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 
 import numpy as np
 from PIL import Image
 
-from addp_jax import errors
+from addp_jax import files
 from addp_jax.data import augment, pack, sources, transforms
 from addp_jax.data.sources import array_record, image_folder
 
@@ -71,8 +70,8 @@ def run(folder: str, needed: float, seconds: float) -> list[dict]:
         for name, source in (("image_folder", images), ("array_record", array_record.ArrayRecord(room))):
             for kind, transform in TRANSFORMS.items():
                 speed = rate(source, transform, seconds)
-                row = {"source": name, "transform": kind, "images_per_second_per_core": round(speed, 1)}
-                rows.append(row | {"cores_per_chip": round(needed / speed, 1)})
+                rates = {"images_per_second_per_core": round(speed, 1), "cores_per_chip": round(needed / speed, 1)}
+                rows.append({"source": name, "transform": kind} | rates)
         return rows
 
 
@@ -82,12 +81,9 @@ def main(argv=None) -> None:
     parser.add_argument("--images-per-second", type=float, required=True, help="that one chip trains on")
     parser.add_argument("--seconds", type=float, default=10.0, help="per measurement")
     options = parser.parse_args(argv)
-    try:
+    with files.exit_on_mistake():
         for row in run(options.input, options.images_per_second, options.seconds):
             print(json.dumps(row))
-    except errors.UserError as error:
-        print("error:", error, file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -21,5 +21,6 @@ def read(path: str) -> tuple[str, ...]:
         if not name or not name.isprintable():
             raise errors.UserError(f"config.data.class_names: {path} line {number}: {name!r} is no name of a class")
         if first.setdefault(name, number) != number:
-            raise errors.UserError(f"config.data.class_names: {path} line {number}: {name!r} stands in line {first[name]} already")
+            where = f"config.data.class_names: {path} line {number}"
+            raise errors.UserError(f"{where}: {name!r} stands in line {first[name]} already")
     return tuple(lines)

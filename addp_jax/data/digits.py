@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
 import numpy as np
 from PIL import Image
 
-from addp_jax import errors
+from addp_jax import errors, files
 
 EVERY = 5  # one picture in so many is held out
 WHITE = 16  # the largest value in the data
@@ -47,11 +46,8 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(prog="python -m addp_jax.data.digits", description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, help="folder to make")
     options = parser.parse_args(argv)
-    try:
+    with files.exit_on_mistake():
         counts = write(options.output)
-    except errors.UserError as error:
-        print("error:", error, file=sys.stderr)
-        sys.exit(2)
     print(f"{options.output}: {counts['train']} training and {counts['val']} evaluation pictures")
 
 

@@ -40,14 +40,15 @@ class Features(sources.Source):
 
     def few(self, shots: int, seed: int) -> "Features":
         """`shots` examples of every class, drawn with `seed`. Raises UserError if a class has fewer."""
-        rng, kept = np.random.default_rng(seed), []
+        rng, rows = np.random.default_rng(seed), []
         for label in np.unique(self.labels):
-            where = np.flatnonzero(self.labels == label)
-            if len(where) < shots:
-                raise errors.UserError(f"config.model.shots = {shots}, but class {label} has {len(where)} training examples")
-            kept.append(rng.permutation(where)[:shots])
-        kept = np.sort(np.concatenate(kept))
-        return Features(self.features[kept], self.labels[kept], self.classes, f"{self.content} {shots} {seed}")
+            of_class = np.flatnonzero(self.labels == label)
+            if len(of_class) < shots:
+                has = f"class {label} has {len(of_class)} training examples"
+                raise errors.UserError(f"config.model.shots = {shots}, but {has}")
+            rows.append(rng.permutation(of_class)[:shots])
+        rows = np.sort(np.concatenate(rows))
+        return Features(self.features[rows], self.labels[rows], self.classes, f"{self.content} {shots} {seed}")
 
 
 def identity(*parts: str) -> str:
@@ -97,7 +98,8 @@ def write_records(path: str, batches: Iterable[tuple[np.ndarray, np.ndarray]], p
     def fill(part):
         writer = array_record_module.ArrayRecordWriter(part, "group_size:1")
         for (feature, label), name in zip(rows, paths, strict=True):
-            writer.write(msgpack.packb({"features": feature.astype("<f4").tobytes(), "label": int(label), "path": name}))
+            record = {"features": feature.astype("<f4").tobytes(), "label": int(label), "path": name}
+            writer.write(msgpack.packb(record))
         writer.close()
 
     save(path, fill)
@@ -115,9 +117,10 @@ def save(path: str, fill: Callable[[str], None]) -> None:
 
 
 def batches_of(source, transform, function, config: pipeline.Config, batch_size: int, mesh):
-    """(function(image uint8 [B,H,W,3]), label [B], valid [B]) as numpy, batch by batch, in the order of `source`, on every process.
+    """(function(image uint8 [B,H,W,3]), label [B], valid [B]) as numpy, batch by batch, on every process.
 
-    `valid` is False where an image could not be read (config.on_unreadable="skip"), and padding is cut off.
+    The batches are in the order of `source`; padding is cut off. `valid` is False where an image could not be read
+    (config.on_unreadable="skip").
     """
     rows = partition.rows(mesh, batch_size)
     batches = pipeline.eval_batches(source, transform, batch_size=batch_size, config=config, rows=rows)

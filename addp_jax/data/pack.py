@@ -2,8 +2,8 @@
 
     python -m addp_jax.data.pack --input FOLDER --output FOLDER [--split train] [--shards N]
 
-The shards hold the files' bytes as they are, in the order of the folder or of
-its list `meta/<split>.txt`, and are read with config.data.source=array_record.
+The shards hold the files' bytes as they are, in the order of the folder or of its list `meta/<split>.txt`. They are
+read with config.data.source=array_record.
 """
 
 import argparse
@@ -11,7 +11,6 @@ import concurrent.futures
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 
@@ -25,36 +24,27 @@ from addp_jax.data.sources import image_folder, meta_list
 _IMAGES_PER_SHARD = 10_000
 
 
-def main(argv: list[str]) -> int:
-    """Runs the command line; returns the exit status, 2 for a user's mistake."""
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(prog="python -m addp_jax.data.pack", description=__doc__.splitlines()[0])
-    parser.add_argument("--input", required=True, type=files.expand, help="image folder, or folder with meta/<split>.txt")
+    parser.add_argument("--input", required=True, type=files.expand, help="images, or a folder with meta/<split>.txt")
     parser.add_argument("--output", required=True, type=files.expand, help="folder for the shards")
     parser.add_argument("--split", default="train", choices=("train", "val"))
     parser.add_argument("--shards", type=int, default=0, help=f"default: one per {_IMAGES_PER_SHARD} images")
-    arguments = parser.parse_args(argv)
-    try:
-        pack(arguments.input, arguments.output, arguments.split, arguments.shards)
-    except errors.UserError as error:
-        print(f"error: {files.printable(str(error))}", file=sys.stderr)
-        return 2
-    return 0
+    options = parser.parse_args(argv)
+    with files.exit_on_mistake():
+        pack(options.input, options.output, options.split, options.shards)
 
 
 def pack(input_folder: str, output: str, split: str = "train", num_shards: int = 0):
-    """Writes `<split>-00000-of-0000N.array_record` and `<split>-classes.json`.
+    """Writes `<split>-00000-of-0000N.array_record` and `<split>-classes.json` to `output`, which is made if missing.
 
     The files appear under their names only when all of them are complete.
 
     Args:
       input_folder: what config.data.path would be for the unpacked images, or the folder of this split alone.
-      output: folder, made if missing.
       split: "train" or "val", with the meaning it has for the input.
       num_shards: 0 = one per 10,000 images.
-
-    Raises:
-      UserError: shards of this split are already there, or an image cannot be
-        decoded, with its name.
+    Raises UserError: shards of this split are already there, or an image, which it names, cannot be decoded.
     """
     if num_shards < 0:
         raise errors.UserError(f"--shards={num_shards}: use at least 1, or 0 for one per {_IMAGES_PER_SHARD} images")
@@ -75,11 +65,10 @@ def pack(input_folder: str, output: str, split: str = "train", num_shards: int =
 
 
 def _open(folder: str, split: str) -> sources.Files:
-    """The whole split: of a folder with `meta/<split>.txt`, with sub-folders `train` and `val`, or of that sub-folder itself."""
+    """The whole split: of a folder with `meta/<split>.txt`, of one with `train` and `val`, or of such a sub-folder."""
     if os.path.exists(os.path.join(folder, "meta", f"{split}.txt")):
         return meta_list.MetaList(folder, split)
-    splits = [name for name in ("train", "val") if os.path.isdir(os.path.join(folder, name))]
-    if splits:
+    if any(os.path.isdir(os.path.join(folder, name)) for name in ("train", "val")):
         source = image_folder.ImageFolder(folder, "train" if split == "train" else "eval")
     else:  # the split's own folder: all of it is packed
         source = image_folder.ImageFolder(folder, "train", hold_out=False)
@@ -116,10 +105,11 @@ def _write(source: sources.Files, indices: range, path: str):
             example = source[i]
             transforms.decode(example["image"], example["path"])
             name = os.path.relpath(example["path"], source.root)
-            writer.write(msgpack.packb({"image": example["image"], "label": int(example["label"]), "path": name}, unicode_errors="surrogateescape"))
+            record = {"image": example["image"], "label": int(example["label"]), "path": name}
+            writer.write(msgpack.packb(record, unicode_errors="surrogateescape"))
     finally:
         writer.close()
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()

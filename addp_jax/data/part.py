@@ -7,9 +7,7 @@ from addp_jax.data import sources
 
 
 class Part(sources.Source):
-    """`size` examples spread over a source: one of each of as many equal stretches, since files are sorted by class; which
-    one of it is drawn (always the same), since the classes of generated shapes take turns.
-    """
+    """`size` examples spread over a source, see `spread`: files are sorted by class, generated shapes take turns."""
 
     def __init__(self, source, size: int):
         if size > len(source):
@@ -32,6 +30,6 @@ class Part(sources.Source):
 
 
 def spread(total: int, size: int) -> np.ndarray:
-    """Which `size` of `total` examples stand for all: one of each of as many equal stretches, always the same, rising."""
+    """Which `size` of `total` examples stand for all: one drawn of each of as many equal stretches, always the same."""
     edges = np.arange(size + 1) * total // size
     return np.random.default_rng(0).integers(edges[:-1], edges[1:])

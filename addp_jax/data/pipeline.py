@@ -1,8 +1,7 @@
 """Global order, augmentation, per-process rows, batches, prefetch.
 
-Batch n is a function of (source, seed, n) alone: nothing of the pipeline needs
-to be saved, and the number of processes, workers and threads may change
-between runs.
+Batch n is a function of (source, seed, n) alone: nothing of the pipeline needs to be saved, and the number of
+processes, workers and threads may change between runs.
 """
 
 import collections
@@ -18,17 +17,18 @@ from addp_jax.data import part, sources, walk
 
 Transform = Callable[[dict, np.random.Generator], dict]
 
+
 @schema.config
 class Config:
     """Where the examples come from and how they are read."""
 
     source: str = schema.field("shapes", tiny="shapes")  # a file in addp_jax/data/sources
-    # Folder; array_record: or a glob of shards; tfds: its data_dir. Where the data lies does not matter to a run: its content does.
+    # Folder; array_record: or a glob of shards; tfds: its data_dir. The content matters to a run, not the place.
     path: str = schema.field("", matters=schema.NOTHING, tiny="")
     name: str = ""  # tfds: name of the data set, such as imagenet2012
     train_split: str = schema.field("train", matters=schema.NOTHING)  # sub-folder, list or tfds split
     eval_split: str = schema.field("val", matters=schema.NOTHING)
-    # Examples used, spread evenly over the source, so that every class keeps its share; 0 = all (shapes: 50,000 and 2,000).
+    # Examples used, spread evenly over the source: every class keeps its share; 0 = all (shapes: 50,000 and 2,000).
     num_train: int = schema.field(0, least=0, tiny=64)
     num_eval: int = schema.field(0, least=0, matters=schema.NOTHING, tiny=16)
     hold_out: bool = True  # of an image folder without splits, keep one image in twenty for evaluation
@@ -52,7 +52,7 @@ class Config:
 def open_source(config: Config, split: str, image_size: int = 64) -> sources.Source:
     """The examples of a split, "train" or "eval"; a `Part` of the source where the config asks for fewer.
 
-    image_size: side in pixels of generated images; files have their own. Raises UserError: too few, or what the source raises.
+    image_size: side in pixels of generated images; files have their own. Raises UserError: too few, or as the source.
     """
     source = sources.open_split(config, split, image_size)
     size = config.num_train if split == "train" else config.num_eval
@@ -62,39 +62,22 @@ def open_source(config: Config, split: str, image_size: int = 64) -> sources.Sou
 
 
 def train_batches(
-    source,
-    transform: Transform,
-    *,
-    seed: int,
-    batch_size: int,
-    start_step: int,
-    config: Config,
-    rows: np.ndarray | None = None,
-    fields: Iterable[str] | None = None,
-) -> "Batches":
-    """An endless iterator of this process's rows of batch start_step, start_step + 1, ...
+    source, transform: Transform, *, seed: int, batch_size: int, start_step: int, config: Config,
+    rows: np.ndarray | None = None, fields: Iterable[str] | None = None,
+) -> "Batches":  # fmt: skip
+    """An endless iterator of this process's rows of batch start_step, start_step + 1...: arrays [number of rows, ...].
 
-    Examples are shuffled anew in every epoch. Shuffling and random transforms
-    belong to the global order, so the rows of all processes, put in their
-    places, are the batch that a single process would have had.
+    Examples are shuffled anew in every epoch. Shuffling and random transforms belong to the global order: the rows of
+    all processes, put in their places, are the batch that a single process would have had.
 
     Args:
-      source: random-access source.
       transform: (example, rng) -> dict of arrays of fixed shapes.
       seed: of the order and the augmentation.
       batch_size: examples in a global batch.
-      start_step: the first batch wanted.
       config: workers, threads and prefetch are read.
-      rows: those of every batch that this process reads (`partition.rows`);
-        None = all.
+      rows: those of every batch that this process reads (`partition.rows`); None = all.
       fields: of an example that a batch keeps; None = all.
-
-    Returns:
-      Batches of dicts of arrays [number of rows, ...]. Call its close() when
-      done.
-
-    Raises:
-      UserError: fewer examples than a batch; while iterating, an image that cannot be read, with its name.
+    Raises UserError: fewer examples than a batch; while iterating, an image that cannot be read, with its name.
     """
     if len(source) < batch_size:
         raise errors.UserError(
@@ -107,19 +90,13 @@ def train_batches(
 
 
 def eval_batches(
-    source,
-    transform: Transform,
-    *,
-    batch_size: int,
-    config: Config,
-    rows: np.ndarray | None = None,
-    fields: Iterable[str] | None = None,
-) -> "Batches":
+    source, transform: Transform, *, batch_size: int, config: Config,
+    rows: np.ndarray | None = None, fields: Iterable[str] | None = None,
+) -> "Batches":  # fmt: skip
     """Every example once, in index order, with "valid": bool [B], False = padding.
 
-    The last batch is filled up by repeating the last example, so that all
-    batches have one shape and all processes have as many. Arguments, result and
-    errors as for `train_batches`.
+    The last batch is filled up by repeating the last example, so that all batches have one shape and all processes have
+    as many. Arguments, result and errors as for `train_batches`.
     """
     count = len(source)
     source, transform = _reading(source, transform, config)
@@ -158,18 +135,7 @@ def _reading(source, transform: Transform, config: Config):
     """`source` and `transform`, or with on_unreadable="skip" those that replace an example that cannot be read."""
     if config.on_unreadable == "stop":
         return source, transform
-    return _Positions(len(source)), _Replacing(source, transform)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Positions:
-    size: int
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, i: int) -> int:
-        return int(i)
+    return range(len(source)), _Replacing(source, transform)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +175,8 @@ class _Rows:
         if self.fields is None:
             return example
         if missing := [name for name in self.fields if name not in example]:
-            raise errors.UserError(f"config.data.source: its examples have no {' and no '.join(missing)}, which this task reads")
+            lacking = " and no ".join(missing)
+            raise errors.UserError(f"config.data.source: its examples have no {lacking}, which this task reads")
         return {name: example[name] for name in (*self.fields, VALID, SKIPPED) if name in example}
 
 
@@ -219,16 +186,14 @@ def _iterate(rows: _Rows, config: Config, start_step: int) -> "Batches":
     prefetch = max(config.prefetch, config.threads)
     batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=prefetch))
     if config.workers:
-        options = grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=1)
-        batches = batches.mp_prefetch(options)
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=1))
     return Batches(iter(batches))
 
 
 class Batches(Iterator):
-    """An iterator of batches that must be closed: close() ends threads and workers.
+    """An iterator of batches that must be closed: close() ends threads and workers. Also a context manager.
 
-    Also a context manager. An error ends it, and a `UserError` from a thread or
-    a worker process arrives as such.
+    An error ends it, and a `UserError` from a thread or a worker process arrives as such.
     """
 
     def __init__(self, iterator):
@@ -267,15 +232,12 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def to_device(batches: Iterable[dict], sharding: jax.sharding.NamedSharding, depth: int = 2) -> Iterator[dict]:
-    """Moves host batches to the devices `depth` batches ahead of their use.
+    """Yields dicts of global arrays [B, ...], moved to the devices ahead of their use.
 
     Args:
       batches: dicts of arrays [rows of this process, ...]; closed with the generator.
       sharding: of the leading axis.
       depth: batches on the devices at a time, at least 1.
-
-    Yields:
-      Dicts of global arrays [B, ...].
     """
     ready = collections.deque()
     try:

@@ -1,4 +1,6 @@
-"""Makes the reference images of FID as the release does: `python -m addp_jax.data.prepare --input FOLDER --output FOLDER`.
+"""Makes the reference images of FID as the release does.
+
+    python -m addp_jax.data.prepare --input FOLDER --output FOLDER
 
 The short side is resized to 256 pixels (bilinear, where training and generation are bicubic), the central square is
 cut, and `00000.png` and so on are written. A folder with `meta/val.txt` is read in the order of that list, any other
@@ -11,7 +13,6 @@ import argparse
 import concurrent.futures
 import itertools
 import os
-import sys
 import tempfile
 
 from PIL import Image
@@ -23,20 +24,15 @@ from addp_jax.data.sources import image_folder, meta_list
 PREPARING = ".preparing-"  # beginning of the name of a folder that is being filled
 
 
-def main(argv: list[str]) -> int:
-    """Runs the command line; returns the exit status, 2 for a user's mistake."""
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(prog="python -m addp_jax.data.prepare", description=__doc__.splitlines()[0])
     parser.add_argument("--input", required=True, type=files.expand, help="image folder, or folder with meta/val.txt")
     parser.add_argument("--output", required=True, type=files.expand, help="folder for the PNGs")
     parser.add_argument("--size", type=int, default=256, help="side of the images in pixels (default 256)")
-    arguments = parser.parse_args(argv)
-    try:
-        count = prepare(arguments.input, arguments.output, arguments.size)
-    except errors.UserError as error:
-        print(f"error: {files.printable(str(error))}", file=sys.stderr)
-        return 2
-    print(f"{arguments.output}: {count} images of {arguments.size}x{arguments.size} pixels")
-    return 0
+    options = parser.parse_args(argv)
+    with files.exit_on_mistake():
+        count = prepare(options.input, options.output, options.size)
+        print(f"{options.output}: {count} images of {options.size}x{options.size} pixels")
 
 
 def prepare(folder: str, output: str, size: int = 256) -> int:
@@ -63,8 +59,8 @@ def prepare(folder: str, output: str, size: int = 256) -> int:
         Image.fromarray(image).save(os.path.join(folder, f"{i:05d}.png"))
         return ""
 
-    # Nothing appears before all is well: half a reference set would look like a whole one. The folder lies within `output`,
-    # which may be a link, a mounted disk or the current folder.
+    # Nothing appears before all is well: half a reference set would look like a whole one. The folder lies within
+    # `output`, which may be a link, a mounted disk or the current folder.
     try:
         with tempfile.TemporaryDirectory(prefix=PREPARING, dir=output) as folder:
             # Threads suffice: decoding and encoding release the interpreter lock.
@@ -80,4 +76,4 @@ def prepare(folder: str, output: str, size: int = 256) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()

@@ -1,17 +1,18 @@
 """Pure functions from (example, rng) to example: decoding, cropping, flipping.
 
-They run in reader threads or worker processes, so each is a frozen dataclass
-that pickles. Images stay uint8 [H,W,3] RGB; the device turns them into [0,1].
-The resampling agrees bit for bit with torchvision on PIL images.
+They run in reader threads or worker processes, so each is a frozen dataclass that pickles. Images stay uint8 [H,W,3]
+RGB; the device turns them into [0,1]. The resampling agrees bit for bit with torchvision on PIL images.
 
-Every image of a user, and every mask, is opened by `open_image`: of the formats in FORMATS only, which its content tells,
-whatever its name; of at most MAX_PIXELS; upright. No other decoder of Pillow is reached, and no program is ever started.
+`open_image` opens every image and mask of a user: of the formats in FORMATS only, which the content tells, whatever the
+name; of at most MAX_PIXELS; upright. No other decoder of Pillow is reached, and no program is ever started.
 """
 
+import contextlib
 import dataclasses
 import io
 import math
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -30,31 +31,37 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit warns on stderr first; `open
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # of damaged tags beside readable pixels
 
 
+@contextlib.contextmanager
+def _decoding(where: str) -> Iterator[None]:
+    """Raises Unreadable naming `where` for what the block raises: a damaged file makes PIL raise nearly anything."""
+    try:
+        yield
+    except Exception as error:
+        raise errors.Unreadable(f"cannot decode {where}: {problem(error)}; replace or remove this file") from error
+
+
 def open_image(file, where: str, upright: bool = True) -> Image.Image:
     """The decoded image in a binary file object, turned as its EXIF orientation says.
 
     Raises Unreadable naming `where`: no image of a format in FORMATS, truncated, damaged, or of too many pixels.
     """
-    try:
+    with _decoding(where):
         picture = Image.open(file, formats=FORMATS)
         _check_size(picture)
         picture.load()
-        return _upright(picture) if upright else picture
-    # A damaged file makes PIL raise nearly anything: OSError, SyntaxError, struct.error, ...
-    except Exception as error:
-        raise errors.Unreadable(f"cannot decode {where}: {problem(error)}; replace or remove this file") from error
+    if upright:
+        with contextlib.suppress(Exception):  # an unreadable EXIF block must not cost us a readable picture
+            ImageOps.exif_transpose(picture, in_place=True)
+    return picture
 
 
 def image_size(path: str) -> tuple[int, int]:
     """(height, width) of the upright image in a file, from its header. Raises Unreadable naming the file."""
-    try:
-        with files.open_regular(path) as file, Image.open(file, formats=FORMATS) as picture:
-            _check_size(picture)
-            exif = Image.Image.getexif(picture)  # a PNG's own method would decode the pixels
-            turned = exif.get(0x0112, 1) >= 5  # the orientations that lie on their side
-            return picture.size if turned else picture.size[::-1]
-    except Exception as error:  # as above
-        raise errors.Unreadable(f"cannot decode {path}: {problem(error)}; replace or remove this file") from error
+    with _decoding(path), files.open_regular(path) as file, Image.open(file, formats=FORMATS) as picture:
+        _check_size(picture)
+        exif = Image.Image.getexif(picture)  # a PNG's own method would decode the pixels
+        turned = exif.get(0x0112, 1) >= 5  # the orientations that lie on their side
+        return picture.size if turned else picture.size[::-1]
 
 
 def _check_size(picture: Image.Image) -> None:
@@ -72,28 +79,20 @@ def problem(error: Exception) -> str:
 def decode(image: bytes | np.ndarray, where: str, upright: bool = True) -> np.ndarray:
     """Reads an encoded image, or checks an array, into uint8 RGB [H,W,3], not to be written to.
 
-    Any PIL mode is accepted: transparency is dropped, 16-bit grey is scaled to
-    8 bits, CMYK and palettes are converted. The EXIF orientation is applied.
-
-    Departs from the release: its loader ignores the EXIF orientation, which
-    turns phone pictures on their side.
+    Any PIL mode is accepted, see `rgb`. The EXIF orientation is applied.
+    Departs from the release: its loader ignores the orientation, which turns phone pictures on their side.
 
     Args:
       image: the bytes of a file, or an array [H,W], [H,W,1], [H,W,3] or [H,W,4].
       where: the file, for the error message.
       upright: False leaves a file's pixels as they are stored.
-
-    Raises:
-      Unreadable: the bytes are no image, are truncated or unreasonably large.
-      UserError: the array is not uint8.
+    Raises Unreadable: the bytes are no image, are truncated or unreasonably large. UserError: the array is not uint8.
     """
     if isinstance(image, np.ndarray):
         return _rgb_array(image, where)
     picture = open_image(io.BytesIO(image), where, upright)
-    try:
-        return np.asarray(_rgb(picture))
-    except Exception as error:  # as in `open_image`
-        raise errors.Unreadable(f"cannot decode {where}: {problem(error)}; replace or remove this file") from error
+    with _decoding(where):
+        return np.asarray(rgb(picture))
 
 
 def _rgb_array(image: np.ndarray, where: str) -> np.ndarray:
@@ -102,14 +101,6 @@ def _rgb_array(image: np.ndarray, where: str) -> np.ndarray:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3, 4):
         raise errors.UserError(f"{where}: expected a uint8 image [H,W,3], got {image.dtype} {list(image.shape)}")
     return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image[:, :, :3]
-
-
-def _upright(picture: Image.Image) -> Image.Image:
-    try:
-        ImageOps.exif_transpose(picture, in_place=True)
-    except Exception:  # an unreadable EXIF block must not cost us a readable picture
-        pass
-    return picture
 
 
 def grey8(picture: Image.Image) -> Image.Image:
@@ -125,7 +116,8 @@ def grey8(picture: Image.Image) -> Image.Image:
     return Image.fromarray(out)
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
+def rgb(picture: Image.Image) -> Image.Image:
+    """A picture of any PIL mode as RGB: transparency dropped, 16-bit grey scaled, CMYK and palettes converted."""
     picture = grey8(picture)
     if picture.mode == "RGB":  # convert() would copy it
         return picture
@@ -144,8 +136,8 @@ def resize(image: np.ndarray, height: int, width: int, filter=Image.Resampling.B
 def centre_square(image: np.ndarray, short: int, size: int, filter=Image.Resampling.BICUBIC) -> np.ndarray:
     """Resizes the short side to `short` pixels, then cuts the central [size,size,3].
 
-    Of a strip so long that the resized image would have more than MAX_STRIP pixels, the middle alone is resized; the
-    result may differ by rounding from that of the whole.
+    Of a strip whose resized image would have more than MAX_STRIP pixels, the middle alone is resized; the result may
+    differ by rounding.
     """
     height, width = image.shape[:2]
     if max(height, width) * short // max(min(height, width), 1) * short > MAX_STRIP:
@@ -155,20 +147,18 @@ def centre_square(image: np.ndarray, short: int, size: int, filter=Image.Resampl
         image = resize(image, short, int(short * width / height), filter)
     else:
         image = resize(image, int(short * height / width), short, filter)
-    top = int(round((image.shape[0] - size) / 2.0))
-    left = int(round((image.shape[1] - size) / 2.0))
+    top, left = (int(round((side - size) / 2.0)) for side in image.shape[:2])
     return image[top : top + size, left : left + size]
 
 
 def _middle(image: np.ndarray, ratio: int) -> np.ndarray:
     """The middle of a strip, its long side at most `ratio` (at least 4) times the short one."""
-    short = min(image.shape[:2])
-    cuts = []
+    longest, cuts = min(image.shape[:2]) * max(ratio, 4), []
     for side in image.shape[:2]:
-        kept = min(side, short * max(ratio, 4))
-        kept -= (side - kept) % 2  # the same centre
-        cuts.append(slice((side - kept) // 2, (side + kept) // 2))
-    return np.ascontiguousarray(image[cuts[0], cuts[1]])
+        length = min(side, longest)
+        length -= (side - length) % 2  # the same centre
+        cuts.append(slice((side - length) // 2, (side + length) // 2))
+    return np.ascontiguousarray(image[tuple(cuts)])
 
 
 def resized_crop(image: np.ndarray, box: tuple[int, int, int, int], size: int) -> np.ndarray:
@@ -180,14 +170,11 @@ def resized_crop(image: np.ndarray, box: tuple[int, int, int, int], size: int) -
     return resize(np.ascontiguousarray(image[top : top + height, left : left + width]), size, size)
 
 
-def random_box(
-    height: int, width: int, crop_scale: tuple[float, float], rng: np.random.Generator
-) -> tuple[int, int, int, int]:
+def random_box(height: int, width: int, crop_scale: tuple[float, float], rng: np.random.Generator) -> tuple[int, ...]:
     """A random (top, left, height, width) as torchvision's RandomResizedCrop draws it.
 
-    The area is uniform in `crop_scale` (fractions of the image), the aspect
-    ratio log-uniform in 3/4..4/3. Ten boxes that do not fit are followed by the
-    largest central one of an allowed ratio.
+    The area is uniform in `crop_scale` (fractions of the image), the aspect ratio log-uniform in 3/4..4/3. Ten boxes
+    that do not fit are followed by the largest central one of an allowed ratio.
     """
     low, high = (math.log(ratio) for ratio in _ASPECT_RATIOS)
     for _ in range(_CROP_TRIES):
@@ -221,8 +208,7 @@ class TrainImage:
     def __call__(self, example: dict, rng: np.random.Generator) -> dict:
         image = decode(example["image"], _where(example))
         if self.crop_scale[0] < 1:
-            box = random_box(*image.shape[:2], self.crop_scale, rng)
-            image = resized_crop(image, box, self.size)
+            image = resized_crop(image, random_box(*image.shape[:2], self.crop_scale, rng), self.size)
         else:
             image = centre_square(image, self.size, self.size)
         if self.flip and rng.random() < 0.5:
@@ -238,19 +224,15 @@ class EvalImage:
     crop_pct: float
 
     def __call__(self, example: dict, rng: np.random.Generator) -> dict:
-        del rng
         image = decode(example["image"], _where(example))
-        image = centre_square(image, int(self.size / self.crop_pct), self.size)
-        return _with_image(example, image)
+        return _with_image(example, centre_square(image, int(self.size / self.crop_pct), self.size))
 
 
 def train_image(size: int, crop_scale: tuple[float, float] = (0.2, 1.0), flip: bool = True) -> TrainImage:
     """The training transform: example -> the same with an image uint8 [size,size,3].
 
     Args:
-      size: side of the result in pixels.
-      crop_scale: range of the crop's area as a fraction of the image. From
-        (1.0, 1.0) no random crop is made but the central square is taken, which
+      crop_scale: range of the crop's area as a fraction of the image. At (1.0, 1.0) the central square is taken, which
         leaves an image of the right size as it is.
       flip: mirror left and right with probability 1/2.
     """
@@ -260,8 +242,6 @@ def train_image(size: int, crop_scale: tuple[float, float] = (0.2, 1.0), flip: b
 def eval_image(size: int, crop_pct: float = 1.0) -> EvalImage:
     """The evaluation transform: example -> the same with an image uint8 [size,size,3].
 
-    Args:
-      size: side of the result in pixels.
-      crop_pct: fraction (0, 1] of the resized short side that the crop keeps.
+    crop_pct: fraction (0, 1] of the resized short side that the crop keeps.
     """
     return EvalImage(size, crop_pct)

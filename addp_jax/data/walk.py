@@ -33,7 +33,7 @@ def announce(text: str) -> None:
 
 
 class Walk:
-    """Image files below folders, every one once: a folder that was met before, through a link, is not entered again."""
+    """Image files below folders, each once: a folder that was met before, through a link, is not entered again."""
 
     def __init__(self, field: str):
         self.field = field
@@ -54,7 +54,7 @@ class Walk:
             self.mark(str(above))
 
     def images(self, folder: str, nested: bool = True) -> tuple[list[str], list[int]]:
-        """(paths relative to `folder`, bytes of each): those of a folder before those of its sub-folders, both sorted."""
+        """(paths relative to `folder`, bytes of each), sorted; a folder's own come before those of its sub-folders."""
         paths, sizes, waiting = [], [], [""]
         self.mark(folder)
         while waiting:
@@ -88,9 +88,11 @@ class Walk:
         """Say what was left out."""
         if self.left_out:
             kinds = ", ".join(f"{count} {ending}" for ending, count in self.left_out.most_common(SHOWN))
-            announce(f"{root}: left out {sum(self.left_out.values())} files that are no images ({kinds}); images are {ENDINGS}")
+            count = sum(self.left_out.values())
+            announce(f"{root}: left out {count} files that are no images ({kinds}); images are {ENDINGS}")
         if self.irregular:
-            announce(f"{root}: left out {len(self.irregular)} pipes or devices: {parameters.shortened(self.irregular, SHOWN)}")
+            names = parameters.shortened(self.irregular, SHOWN)
+            announce(f"{root}: left out {len(self.irregular)} pipes or devices: {names}")
 
 
 def _mode_and_size(entry: os.DirEntry) -> tuple[int | None, int]:

@@ -24,7 +24,7 @@ def load(path: str, network: str, init, config, field: str, tokenizer: dict | No
     """Parameters of `network` as nested numpy arrays.
 
     Args:
-      path: a weight file (see `layouts`), a run's work directory, its checkpoints folder or one checkpoint; or "random".
+      path: a weight file (see `layouts`), a work directory, its checkpoints folder or one checkpoint; or "random".
       network: the name under which a run stores it: tokenizer, token_predictor, pixel_to_token.
       init: `rng -> params` of the module; gives the names and shapes that must be there.
       config: of the network; a run that trained it must have had the same.
@@ -43,7 +43,8 @@ def load(path: str, network: str, init, config, field: str, tokenizer: dict | No
         raise errors.UserError(f"{field}: nothing at {path}; {hint}")
     params, identity = read_with_identity(path, (network,), f"{field}: ")
     if network not in params:
-        raise errors.UserError(f"{field}: {path} holds {', '.join(params) or 'other networks'}, not a {network}; {hint}")
+        held = ", ".join(params) or "other networks"
+        raise errors.UserError(f"{field}: {path} holds {held}, not a {network}; {hint}")
     where = f"{field} ({path})"
     loaded = parameters.match(params[network], jax.eval_shape(init, jax.random.key(0)), where=where)
     check_settings(identity, config, where)
@@ -60,20 +61,20 @@ def check_frozen(where: str, identity: dict, networks: dict) -> None:
 
 
 def check_settings(identity: dict, config, where: str, names=None) -> None:
-    """Raises UserError if a run, by its `identity`, trained a network of other settings (of `names` only) than `config`."""
+    """Raises UserError if a run, by its `identity`, trained a network of other settings (of `names`) than `config`."""
     saved = identity.get("model", {}).get("net")
     if not isinstance(saved, dict):  # imported weights have no record of their settings
         return
     own = traverse_util.flatten_dict(schema.identity(config, "network"), sep=".")
     saved = traverse_util.flatten_dict(saved, sep=".")
-    own = {name: value for name, value in own.items() if name in saved and (names is None or name.split(".")[-1] in names)}
-    if lines := provenance.differences({name: saved[name] for name in own}, own):
+    both = [name for name in own if name in saved and (names is None or name.split(".")[-1] in names)]
+    if lines := provenance.differences(*({name: fields[name] for name in both} for fields in (saved, own))):
         text = parameters.shortened(lines, 5)
         raise errors.UserError(f"{where} was trained with other settings ({text}); use those of the run")
 
 
 def read(path: str, wanted=None, field: str = "") -> dict[str, dict]:
-    """`{network: parameters}` of a weight file (of `wanted` only, if given) or a run folder (averaged where there is one)."""
+    """`{network: parameters}` of a weight file (of `wanted` only, if given) or a run (averaged where there are)."""
     return read_with_identity(path, wanted, field)[0]
 
 
@@ -90,10 +91,10 @@ def read_with_identity(path: str, wanted=None, field: str = "") -> tuple[dict[st
         raise errors.UserError(f"{field}{error}") from error
 
 
-def fit(found: dict, shapes: dict, where: str) -> dict:
-    """Those of the networks `found` that a task trains, whose `shapes` they must have; UserError naming `where` if not.
+def fit(networks: dict, shapes: dict, where: str) -> dict:
+    """Those of `networks` that a task trains, whose `shapes` they must have. Raises UserError naming `where` if not.
 
     Only a discriminator may be missing: no weight file has one, and nothing but training uses it.
     """
-    wanted = {name: tree for name, tree in shapes.items() if name in found or name != "discriminator"}
-    return parameters.match({name: found[name] for name in wanted if name in found}, wanted, where=where)
+    expected = {name: tree for name, tree in shapes.items() if name in networks or name != "discriminator"}
+    return parameters.match({name: networks[name] for name in expected if name in networks}, expected, where=where)

@@ -10,9 +10,9 @@ Layout of a work directory::
     <workdir>/checkpoints/<step>/blake2.json   size and hash of every file of that step, see `manifest`
     <workdir>/checkpoints/<step>.damaged/      set aside by a restore, never deleted
 
-Orbax keeps no checksums: a flipped byte restores silently. Hence the hashes. A step without
-`blake2.json`, or with a torn one, was killed between its commit and its hashing; it is accepted if it restores.
-A step that the manifest proves sound and that cannot be used all the same is a UserError that names its folder.
+Orbax keeps no checksums: a flipped byte restores silently. Hence the hashes. A step without `blake2.json`, or with a
+torn one, was killed between its commit and its hashing; it is accepted if it restores. A step that the manifest proves
+sound and that cannot be used all the same is a UserError that names its folder.
 """
 
 import concurrent.futures
@@ -36,8 +36,7 @@ from addp_jax.weights import lock, manifest, provenance, quiet
 
 CONFIG_NAME = "config.json"
 STEP = re.compile("0|[1-9][0-9]*")  # how a step's folder is named
-# Bytes of arrays that the files of a step may claim: 4096 times their own size, and 256 MiB, as compressed zeros need none.
-EXPANSION, ZEROS = 4096, 2**28
+EXPANSION, ZEROS = 4096, 2**28  # a step's files may claim so many times their size, and so many bytes of zeros
 
 quiet.install()
 
@@ -63,26 +62,23 @@ class Checkpointer:
         Raises UserError if `workdir` cannot be written to, or holds checkpoints of another identity.
         """
         self._root = pathlib.Path(lock.folder(workdir)) / "checkpoints"
-        self._config = config
-        self._identity = json.dumps(identity, indent=1)
+        self._config, self._identity = config, json.dumps(identity, indent=1)
         files.require_writable(self._root, "workdir")
         steps = [self._root / str(step) for step in _steps(self._root)]
         provenance.require(self._root, steps, self._identity)
-        self._manager = None
-        self._pending = None  # the save under way: a future
+        self._manager = self._pending = None  # _pending: the save under way, (future, step)
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._orbax()
 
     def restore_latest(self, abstract_state):
         """(state, step) of the newest undamaged checkpoint, or None if there is none yet.
 
-        abstract_state: pytree of jax.ShapeDtypeStruct with shardings; the mesh need not be the one
-        saved from. A damaged checkpoint is reported on stderr and set aside as `<step>.damaged`.
-        Raises UserError if leaves differ in name, shape or dtype, or if all checkpoints are damaged.
+        abstract_state: pytree of jax.ShapeDtypeStruct with shardings; the mesh need not be the one saved from.
+        A damaged checkpoint is reported on stderr and set aside as `<step>.damaged`. Raises UserError if leaves differ
+        in name, shape or dtype, or if all checkpoints are damaged.
         """
         self.wait()
-        steps = _steps(self._root)
-        for step, older in zip(steps, [*steps[1:], None]):
+        for step, older in itertools.pairwise([*_steps(self._root), None]):
             state, problem = self._restore(step, abstract_state)
             if not problem:
                 return state, step
@@ -95,15 +91,15 @@ class Checkpointer:
     def save(self, step, state):
         """Saves `state` in the background; a step that is already saved is left as it is.
 
-        Returns once the arrays are copied off the devices. Raises UserError if this save, or the
-        one before it, found no space or could not write.
+        Returns once the arrays are copied off the devices. Raises UserError if this save, or the one before it, found
+        no space or could not write.
         """
         self.wait()
         if step in _steps(self._root):
             return
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state))
         try:
-            self._orbax().save(step, args=arguments, force=True)  # when to save is the loop's decision
+            self._orbax().save(step, args=arguments, force=True)  # the loop decides when to save
         except Exception as error:
             self._fail(step, error)
         self._pending = self._pool.submit(self._commit, step), step
@@ -147,8 +143,9 @@ class Checkpointer:
         """Runs in the background: waits for orbax's rename (older steps go after it), then hashes."""
         self._orbax().wait_until_finished()
         if jax.process_index() == 0:
-            files.write_text(self._root / str(step) / provenance.NAME, self._identity)
-            manifest.write_manifest(self._root / str(step))
+            folder = self._root / str(step)
+            files.write_text(folder / provenance.NAME, self._identity)
+            manifest.write_manifest(folder)
 
     def _fail(self, step, error):
         """Drops the manager, which would raise the same error again, and says what is left."""
@@ -163,8 +160,8 @@ class Checkpointer:
         if not full and not isinstance(error, OSError) and "os_error_code" not in text:
             raise error
         cause = "no space left on" if full else f"cannot write ({files.reason(error)}) to"
-        good = _steps(self._root)
-        last = f"the last good checkpoint is step {good[0]}" if good else "there is no good checkpoint"
+        newest = max(_steps(self._root), default=None)
+        last = "there is no good checkpoint" if newest is None else f"the last good checkpoint is step {newest}"
         raise errors.UserError(f"checkpoint {step}: {cause} {self._root}; {last}") from error
 
     def _restore(self, step, abstract_state):
@@ -180,10 +177,9 @@ class Checkpointer:
     def _read(self, folder, abstract_state):
         with ocp.PyTreeCheckpointer() as reader:
             saved = parameters.named_leaves(_metadata(reader, folder))
-        wanted = parameters.named_leaves(abstract_state)
-        differences = parameters.differences(saved, wanted, lambda leaf: f"{leaf.dtype}{list(leaf.shape)}")
-        if differences:
-            text = parameters.shortened(differences, 8)
+        expected = parameters.named_leaves(abstract_state)
+        if lines := parameters.differences(saved, expected, lambda leaf: f"{leaf.dtype}{list(leaf.shape)}"):
+            text = parameters.shortened(lines, 8)
             raise errors.UserError(f"{folder} does not fit this config ({text}); use another workdir")
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
         return self._orbax().restore(int(folder.name), args=arguments)["state"]
@@ -205,10 +201,9 @@ class Checkpointer:
 def load_params(path, *, ema):
     """Reads the parameters of another run, without its optimizer, on any number of devices.
 
-    path: a work directory, its `checkpoints` folder, or the folder of one step; of the first two,
-    the newest undamaged step is read. ema: take the moving average if there is one, else `params`.
-    Returns (nested dict of numpy arrays, {"path", "step", "ema", "identity"}); "ema" says which
-    it was. Changes nothing on disk. Raises UserError if there is no undamaged checkpoint.
+    path: a work directory or its `checkpoints` folder, whose newest undamaged step is read, or one step's folder.
+    ema: take the moving average if there is one, else `params`. Returns (nested dict of numpy arrays, {"path", "step",
+    "ema", "identity"}). Changes nothing on disk. Raises UserError if there is no undamaged checkpoint.
     """
     path = pathlib.Path(files.expand(os.fspath(path))).absolute()
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
@@ -221,8 +216,7 @@ def load_params(path, *, ema):
         if not problem:
             result, problem = _attempt(folder, lambda: _read_params(folder, ema))
         if not problem:
-            params, info = result
-            return params, info | {"identity": provenance.find(folder.parent, [folder])[0] or {}}
+            return result[0], result[1] | {"identity": provenance.find(folder.parent, [folder])[0] or {}}
         if jax.process_index() == 0:
             print(f"checkpoint {folder} is damaged ({problem}); not used", file=sys.stderr)
     raise errors.UserError(f"all checkpoints in {path} are damaged")
@@ -231,7 +225,7 @@ def load_params(path, *, ema):
 def save_params(path, params, identity):
     """Writes a params-only checkpoint (step 0) under the work directory `path`, for `load_params`.
 
-    Raises UserError if checkpoints are there already, or the folder cannot be written to; then nothing is left behind.
+    Raises UserError if checkpoints are there already, or the folder cannot be written to; nothing is left behind then.
     """
     root = pathlib.Path(lock.folder(path)) / "checkpoints"
     with lock.hold(path):
@@ -254,9 +248,8 @@ def require_no_checkpoints(path):
 
 def _steps(root):
     """Steps with a folder, newest first; orbax names a folder by its step only once committed."""
-    if not root.is_dir():
-        return []
-    return sorted((int(entry.name) for entry in root.iterdir() if STEP.fullmatch(entry.name)), reverse=True)
+    entries = root.iterdir() if root.is_dir() else ()
+    return sorted((int(entry.name) for entry in entries if STEP.fullmatch(entry.name)), reverse=True)
 
 
 def _inspect(folder):
@@ -269,14 +262,14 @@ def _inspect(folder):
 
 def _metadata(reader, folder):
     """The tree of a step's arrays, without their values. Raises ValueError if they cannot be of this size."""
-    found = reader.metadata(folder / "state").item_metadata
-    if not isinstance(getattr(found, "tree", None), dict):
+    metadata = reader.metadata(folder / "state").item_metadata
+    if not isinstance(tree := getattr(metadata, "tree", None), dict):
         raise ValueError("its metadata cannot be read")
-    claimed = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(found.tree))
-    there = sum(manifest.sizes(folder).values())
-    if claimed > EXPANSION * there + ZEROS:
-        raise ValueError(f"its metadata tell of {claimed} bytes of arrays in {there} bytes of files")
-    return found.tree
+    claimed = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+    stored = sum(manifest.sizes(folder).values())
+    if claimed > EXPANSION * stored + ZEROS:
+        raise ValueError(f"its metadata tell of {claimed} bytes of arrays in {stored} bytes of files")
+    return tree
 
 
 def _read_params(folder, ema):

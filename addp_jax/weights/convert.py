@@ -43,25 +43,26 @@ def export_weights(workdir: str, paths: list[str], output: str, layout: str, ema
     needed = {network.name for network in layouts.WRITABLE[layout].parts.values()}
     params, info = checkpoint.load_params(workdir, ema=ema)
     networks = {name: params[name] for name in params if name in needed}
-    print(f"{workdir}: {'averaged' if info['ema'] else 'raw'} parameters of step {info['step']}: {', '.join(networks) or 'none needed'}")
+    names = ", ".join(networks) or "none needed"
+    print(f"{workdir}: {'averaged' if info['ema'] else 'raw'} parameters of step {info['step']}: {names}")
     networks = collect(networks, paths, needed)
-    weights.check_frozen(f"weights: {workdir}", info["identity"], {name: networks[name] for name in networks if name not in params})
+    frozen = {name: networks[name] for name in networks if name not in params}
+    weights.check_frozen(f"weights: {workdir}", info["identity"], frozen)
     missing = needed - networks.keys()
     if missing - OPTIONAL.get(layout, set()):
-        raise errors.UserError(
-            f"layout={layout}: no {' and no '.join(sorted(missing))} in {', '.join([workdir, *paths])}; "
-            "give a run folder or weight file for each as weights=PATH"
-        )
+        lacking = f"no {' and no '.join(sorted(missing))} in {', '.join([workdir, *paths])}"
+        raise errors.UserError(f"layout={layout}: {lacking}; give a run folder or weight file for each as weights=PATH")
     if missing:
         print(f"{output}: without {', '.join(missing)}, which the official code may ask for; weights=PATH adds it")
     tensors = layouts.arrange(layout, networks)
     print(f"{output}: writing {len(tensors)} tensors, {sum(array.nbytes for array in tensors.values()) / 1e6:.0f} MB")
-    whole = layout in layouts.READABLE and params.keys() - needed <= {"discriminator"}  # what the run trained can be read back
-    weight_files.write(output, tensors, layouts.WRITABLE[layout].wrapper, config_text(workdir) if whole else "")
+    # With the config if what the run trained can be read back from the file.
+    readable = layout in layouts.READABLE and params.keys() - needed <= {"discriminator"}
+    weight_files.write(output, tensors, layouts.WRITABLE[layout].wrapper, config_text(workdir) if readable else "")
 
 
 def config_text(workdir: str) -> str:
-    """The task and the model's fields of the run in `workdir` as JSON, for `addp_jax.load`; "" if no config is on record."""
+    """The task and the model's fields of the run in `workdir` as JSON, for `addp_jax.load`; "" if there is none."""
     path = os.path.join(workdir, checkpoint.CONFIG_NAME)
     if not os.path.exists(path):
         print(f"{path} is missing: the file will hold no config, so that its sizes must be given where it is loaded")
@@ -70,11 +71,12 @@ def config_text(workdir: str) -> str:
         fields = files.read_json(path)
         return json.dumps({name: fields[name] for name in ("task", "model")})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise errors.UserError(f"cannot read {path}: {files.reason(error)}; delete it to export without a config") from error
+        advice = "delete it to export without a config"
+        raise errors.UserError(f"cannot read {path}: {files.reason(error)}; {advice}") from error
 
 
-def require(**flags) -> None:
-    for name, value in flags.items():
+def require(**arguments) -> None:
+    for name, value in arguments.items():
         if not value:
             raise errors.UserError(f"{name} is missing")
 
@@ -83,9 +85,9 @@ def collect(networks: dict, paths: list[str], wanted=None) -> dict:
     """`networks` and those of `paths` that it lacks (of `wanted` only, if given)."""
     for path in paths:
         with jax.set_mesh(partition.make_mesh(partition.Config(), jax.devices("cpu")[:1])):
-            found = weights.read(path, None if wanted is None else wanted - networks.keys())
-        for name in sorted(found.keys() - networks.keys()):
-            count = sum(leaf.size for leaf in jax.tree.leaves(found[name]))
+            more = weights.read(path, None if wanted is None else wanted - networks.keys())
+        for name in sorted(more.keys() - networks.keys()):
+            count = sum(leaf.size for leaf in jax.tree.leaves(more[name]))
             print(f"{path}: {name}, {count / 1e6:.1f} M parameters")
-        networks = found | networks
+        networks = more | networks
     return networks

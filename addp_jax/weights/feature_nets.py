@@ -61,11 +61,15 @@ def load(features: str, weights: str, mesh, field: str, weights_field: str) -> F
         return FeatureNet(INCEPTION, params, apply, 0, mesh)
     params, info = checkpoint.load_params(features, ema=True)
     if "model" not in info["identity"] or not {"convnet", "pixel_to_token"} & params.keys():
-        raise errors.UserError(f"{field}={features} is a training run of neither convnet nor addp; give one, or {INCEPTION}")
+        lacking = "is a training run of neither convnet nor addp"
+        raise errors.UserError(f"{field}={features} {lacking}; give one, or {INCEPTION}")
     if "convnet" in params:
         net, params = convnet_of(features, params, info["identity"])
         return FeatureNet("convnet", params, functools.partial(convnet_features, net), net.config.image_size, mesh)
-    net, params = encoder_of(features, params, info["identity"])
+    settings = schema.build(pixel_to_token.Config, info["identity"]["model"]["net"], "config.model.net")
+    net = pixel_to_token.PixelToToken(settings)
+    expected = jax.eval_shape(lambda rng: pixel_to_token.init(net, rng), jax.random.key(0))
+    params = parameters.match(params["pixel_to_token"], expected, where=features)
     apply = functools.partial(encoder_features, net)
     return FeatureNet("pixel_to_token", params, apply, net.config.encoder.image_size, mesh)
 
@@ -91,13 +95,6 @@ def convnet_of(workdir: str, params: dict, identity: dict):
     net = convnet.ConvNet(schema.build(convnet.Config, identity["model"]["net"], "config.model.net"))
     expected = jax.eval_shape(lambda rng: convnet.init(net, rng), jax.random.key(0))
     return net, parameters.match(params["convnet"], expected, where=workdir)
-
-
-def encoder_of(workdir: str, params: dict, identity: dict):
-    """(network, its parameters) of a loaded run of the task addp."""
-    net = pixel_to_token.PixelToToken(schema.build(pixel_to_token.Config, identity["model"]["net"], "config.model.net"))
-    expected = jax.eval_shape(lambda rng: pixel_to_token.init(net, rng), jax.random.key(0))
-    return net, parameters.match(params["pixel_to_token"], expected, where=workdir)
 
 
 def convnet_features(net, params, image):

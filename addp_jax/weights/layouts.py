@@ -1,19 +1,19 @@
 """Whole weight files: which layout one has, the networks in it, and what must and may be there.
 
 A layout puts networks under prefixes. Each network has its exact names and shapes, found out from the file's own
-tensors; beside them only the dead names may be there, which no forward pass reads. They are passed over when reading, and
-written as zeros (`token_emb.position_ids`: 0, 1, 2...), because the official code asks for them. A prefix that all names of a
-file share (`module.`, `_orig_mod.`, `model.`) is taken off, again and again, if only then its layout is known.
+tensors; beside them only the dead names may be there, which no forward pass reads. They are passed over when reading,
+and written as zeros (`token_emb.position_ids`: 0, 1, 2...), because the official code asks for them. A prefix that all
+names of a file share (`module.`, `_orig_mod.`, `model.`) is taken off, again and again, if only then a layout is known.
 
-    addp     ADDP: pixel_to_token at the root, vqgan.*, token_predictor.*, and token_predictor.vqgan.* which is vqgan.* again
+    addp     ADDP: pixel_to_token at the root, vqgan.*, token_predictor.*, and token_predictor.vqgan.*, the same again
     mage     MAGE: token_predictor at the root, and vqgan.*
     vqgan    MAGE's VQGAN: tokenizer at the root
     finetune the release's fine-tuned classifier: classifier at the root
-    timm     timm's `vit_base_patch16_224` and `vit_large_patch16_224` with another img_size: the encoder; written only
+    timm     timm's `vit_base_patch16_224` and `vit_large_patch16_224`, another img_size: the encoder; written only
     maskgit  MaskGIT's JAX tokenizer; read only
 
 timm: our final LayerNorm is `norm`; our LayerNorm before the first block is `norm_pre`, which timm's models have as an
-Identity: `model.norm_pre = torch.nn.LayerNorm(model.embed_dim, eps=1e-6)` before `load_state_dict`. (Its `pre_norm=True`
+Identity: `model.norm_pre = torch.nn.LayerNorm(model.embed_dim, eps=1e-6)` before `load_state_dict`. (`pre_norm=True`
 would make one, but takes the bias from `patch_embed`.) Its input is normalised with ImageNet's mean and deviation.
 """
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import itertools
 import math
 import re
 from typing import Callable, NamedTuple
@@ -84,19 +85,21 @@ def predictor_config(shapes: dict) -> token_predictor.Config:
 
 
 def vqgan_config(shapes: dict) -> vqgan.Config:
-    blocks = [match for name in shapes if (match := re.fullmatch(r"encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight", name))]
+    pattern = re.compile(r"encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight")
+    blocks = [match for match in map(pattern.fullmatch, shapes) if match]
     levels, each = (len({match[group] for match in blocks}) for group in (1, 2))
     widths = [shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in range(max(levels, 1))]
-    return pytorch.tokenizer_config(shapes["encoder.conv_in.weight"][0], widths, each, shapes["quantize.embedding.weight"])
+    channels, codebook = shapes["encoder.conv_in.weight"][0], shapes["quantize.embedding.weight"]
+    return pytorch.tokenizer_config(channels, widths, each, codebook)
 
 
 def our_tokenizer_config(params: dict) -> vqgan.Config:
     """As `vqgan_config`, from our parameters."""
     blocks = [name.split("_")[1:] for name in params["encoder"] if name.startswith("down_")]
     levels, each = (len(set(numbers)) for numbers in zip(*blocks))
-    width = lambda name: params["encoder"][name]["kernel"].shape[-1]
-    widths = [params["encoder"][f"down_{level}_0"]["conv1"]["kernel"].shape[-1] for level in range(levels)]
-    return pytorch.tokenizer_config(width("conv_in"), widths, each, params["codebook"].shape)
+    width = lambda part: part["kernel"].shape[-1]
+    widths = [width(params["encoder"][f"down_{level}_0"]["conv1"]) for level in range(levels)]
+    return pytorch.tokenizer_config(width(params["encoder"]["conv_in"]), widths, each, params["codebook"].shape)
 
 
 def abstract(module, net: Callable) -> Callable:
@@ -130,7 +133,8 @@ READABLE = {
     "finetune": Layout("fc_norm.weight", "model", {"": CLASSIFIER}),
     "maskgit": Layout("quantizer/codebook", "", {"": MASKGIT}),
 }  # fmt: skip
-WRITABLE = {name: READABLE[name] for name in ("addp", "mage", "vqgan", "finetune")} | {"timm": Layout("", "", {"": VIT})}
+WRITABLE = {name: layout for name, layout in READABLE.items() if name != "maskgit"}
+WRITABLE["timm"] = Layout("", "", {"": VIT})
 
 
 def read(path: str, wanted=None) -> dict[str, dict]:
@@ -139,30 +143,29 @@ def read(path: str, wanted=None) -> dict[str, dict]:
     Raises UserError naming the file and what differs when names or shapes are not exactly those of a layout.
     """
     networks, parts = open_file(path)
-    rules = {prefix: check(f"{path}: {prefix}*" if prefix else path, networks[prefix], live) for prefix, live in parts.items()}
+    rules = {prefix: check(place(path, prefix), networks[prefix], live) for prefix, live in parts.items()}
     chosen = [prefix for prefix in parts if wanted is None or networks[prefix].name in wanted]
     progress = logs.Progress(sum(len(parts[prefix]) for prefix in chosen), unit="tensor")
-    found, counted = {}, 0
-
-    def count():
-        nonlocal counted
-        counted += 1
-        progress.update(counted, path)
-
+    numbers, results = itertools.count(1), {}
     for prefix in chosen:
         for tensor in parts[prefix].values():
-            tensor.on_read = count
+            tensor.on_read = lambda: progress.update(next(numbers), path)
         params = pytorch.from_torch(parts[prefix], rules[prefix])
         name = networks[prefix].name
-        if name in found and parameters.content_hash(params) != parameters.content_hash(found[name]):
+        if name in results and parameters.content_hash(params) != parameters.content_hash(results[name]):
             raise errors.UserError(f"{path} holds two different networks {name}, one of them under {prefix}*")
-        found.setdefault(name, params)
+        results.setdefault(name, params)
     progress.close()
-    return found
+    return results
+
+
+def place(path: str, prefix: str) -> str:
+    """A part of a file, for messages."""
+    return f"{path}: {prefix}*" if prefix else path
 
 
 def open_file(path: str) -> tuple[dict[str, Network], dict[str, dict]]:
-    """What is under each prefix in a weight file: ({prefix: network}, {prefix: {name after it: tensor}}); no values are read."""
+    """({prefix: network}, {prefix: {name after it: tensor}}) in a weight file; no values are read."""
     known = lambda names: any(layout.signature in names for layout in READABLE.values())
     tensors = weight_files.without_prefix(weight_files.read(path), known)
     layout = recognise(path, tensors)
@@ -175,11 +178,11 @@ def configs(path: str) -> dict:
 
     What no parameter depends on, such as heads, is made up. Raises UserError as `read` does.
     """
-    (networks, parts), found = open_file(path), {}
+    (networks, parts), results = open_file(path), {}
     for prefix, live in parts.items():
-        check(f"{path}: {prefix}*" if prefix else path, networks[prefix], live)
-        found[networks[prefix].name] = networks[prefix].config({name: tensor.shape for name, tensor in live.items()})
-    return found
+        check(place(path, prefix), networks[prefix], live)
+        results[networks[prefix].name] = networks[prefix].config({name: tensor.shape for name, tensor in live.items()})
+    return results
 
 
 def recognise(path: str, names) -> Layout:
@@ -216,13 +219,14 @@ def check(where: str, network: Network, tensors: dict) -> list[pytorch.Rule]:
     except KeyError as error:
         raise errors.UserError(f"{where} is no {network.name}: {error.args[0]} is missing") from error
     except Exception as error:  # sizes that no network has fail wherever it meets them
-        raise errors.UserError(f"{where} is no {network.name}: the shapes of its tensors contradict each other") from error
+        problem = "the shapes of its tensors contradict each other"
+        raise errors.UserError(f"{where} is no {network.name}: {problem}") from error
     rules = network.rules(config)
     zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), expected)
-    wanted = dict(pytorch.each_to_torch(zeros, rules))
-    lines = parameters.differences(tensors, wanted, lambda array: printable(str(list(array.shape)), 60))
-    if lines:
-        raise errors.UserError(f"{where} does not fit a {network.name}: {printable(parameters.shortened(lines, 6), 400)}")
+    named = dict(pytorch.each_to_torch(zeros, rules))
+    if lines := parameters.differences(tensors, named, lambda array: printable(str(list(array.shape)), 60)):
+        text = printable(parameters.shortened(lines, 6), 400)
+        raise errors.UserError(f"{where} does not fit a {network.name}: {text}")
     return rules
 
 
@@ -236,8 +240,9 @@ def arrange(layout: str, networks: dict[str, dict]) -> dict[str, np.ndarray]:
     A network that `networks` lacks is left out with its prefix. Raises UserError if one has other parameters than the
     layout has names for.
     """
-    arranged, tensors = {}, {}
-    patch = 2 ** (len(our_tokenizer_config(networks["tokenizer"]).multipliers) - 1) if "tokenizer" in networks else MAGE_PATCH
+    arranged, tensors, patch = {}, {}, MAGE_PATCH
+    if "tokenizer" in networks:
+        patch = 2 ** (len(our_tokenizer_config(networks["tokenizer"]).multipliers) - 1)
     for prefix, network in WRITABLE[layout].parts.items():
         if network.name not in networks:
             continue
@@ -252,8 +257,8 @@ def arrange_one(network: Network, params: dict, patch: int) -> dict[str, np.ndar
     known = {path for rule in rules for path in rule.ours}
     names = {name for name in parameters.named_leaves(params) if network is not VIT or name.startswith("encoder/")}
     if known != names:
-        different = parameters.shortened(sorted(known ^ names), 6)
-        raise errors.UserError(f"this {network.name} has other parameters than the layout has names for: {different}")
+        text = parameters.shortened(sorted(known ^ names), 6)
+        raise errors.UserError(f"this {network.name} has other parameters than the layout has names for: {text}")
     return pytorch.to_torch(params, rules) | dead_tensors(network, params, patch)
 
 

@@ -48,8 +48,8 @@ def hold(workdir: str | os.PathLike, name: str = "workdir") -> Iterator[None]:
     """Keeps other runs out of `workdir`, which is made where it is missing, while the block runs.
 
     Of several processes the first one holds the lock for all; every process must enter. The file is removed at the end.
-    name: the flag or config field that gives the folder. Raises UserError, the same in every process, if another run is at
-    work in the folder or it cannot be written to.
+    name: the flag or config field that gives the folder. Raises UserError, the same in every process, if another run is
+    at work in the folder or it cannot be written to.
     """
     held, problem = None, ""
     if jax.process_index() == 0:
@@ -57,8 +57,7 @@ def hold(workdir: str | os.PathLike, name: str = "workdir") -> Iterator[None]:
             held = _Held(pathlib.Path(folder(workdir, name)), name)
         except errors.UserError as error:
             problem = str(error)
-    problem = _from_first(problem)
-    if problem:
+    if problem := _from_first(problem):
         raise errors.UserError(problem)
     try:
         yield
@@ -81,12 +80,13 @@ class _Held:
         files.require_writable(workdir, name)
         self._path = workdir / NAME
         try:
-            self._descriptor, other = _acquire(self._path)
+            self._descriptor, holder = _acquire(self._path)
         except OSError as error:
             text = "not a regular file; delete it" if error.errno in IRREGULAR else files.reason(error)
             raise errors.UserError(f"{name}: cannot lock {self._path}: {text}") from error
-        if other is not None:
-            raise errors.UserError(f"{workdir}: a run is at work here{other}; wait for it, stop it, or use another {name}")
+        if holder is not None:
+            advice = f"wait for it, stop it, or use another {name}"
+            raise errors.UserError(f"{workdir}: a run is at work here{holder}; {advice}")
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
         self._thread.start()
@@ -180,7 +180,9 @@ def _age(path: pathlib.Path, descriptor: int) -> float:
 def _named(path: pathlib.Path, descriptor: int) -> dict | None:
     """Who the file names; None if it names nobody, after waiting for one who may just be writing the name."""
     deadline = time.monotonic() + NAMING_SECONDS
-    while (record := _read(descriptor)) is None and time.monotonic() < deadline and _age(path, descriptor) < NAMING_SECONDS:
+    while (record := _read(descriptor)) is None:
+        if time.monotonic() >= deadline or _age(path, descriptor) >= NAMING_SECONDS:
+            break
         time.sleep(0.1)
     return record
 
@@ -195,8 +197,7 @@ def _read(descriptor: int) -> dict | None:
 
 
 def _write(descriptor: int) -> None:
-    pid = os.getpid()
-    since = time.strftime("%Y-%m-%d %H:%M:%S %Z").strip()
+    pid, since = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S %Z").strip()
     record = {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "start": _start(pid) or "", "since": since}
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(record).encode(), 0)

@@ -35,21 +35,20 @@ def write_manifest(folder: str | os.PathLike) -> None:
 
 
 def inspect(folder: str | os.PathLike) -> str:
-    """What is wrong with the files of `folder`, in one line of a few words; "" if they are sound or have no manifest."""
+    """What is wrong with the files of `folder`, in a few words; "" if they are sound or have no manifest."""
     folder = pathlib.Path(folder)
     try:
-        found = sizes(folder)
-        entries = _read(folder)
+        stored, entries = sizes(folder), _read(folder)
         if entries is None:
             return ""
-        found.pop(NAME)
-        for name in sorted(entries.keys() | found.keys()):
+        stored.pop(NAME)
+        for name in sorted(entries.keys() | stored.keys()):
             if name not in entries:
                 return f"file {_shown(name)}: not listed in {NAME}"
-            if name not in found:
+            if name not in stored:
                 return f"file {_shown(name)}: missing"
-            if found[name] != entries[name][0]:
-                return f"file {_shown(name)}: {found[name]} bytes instead of {entries[name][0]}"
+            if stored[name] != entries[name][0]:
+                return f"file {_shown(name)}: {stored[name]} bytes instead of {entries[name][0]}"
         for name, (size, digest) in entries.items():
             if _hash(folder / name, size) != digest:
                 return f"file {_shown(name)}: hash differs"
@@ -89,7 +88,7 @@ def small(path: str | os.PathLike) -> bytes:
 
 
 def sizes(folder: str | os.PathLike) -> dict[str, int]:
-    """`{name with slashes: bytes}` of all files below `folder`. Raises OSError, and ValueError for a link, pipe or device."""
+    """`{name with slashes: bytes}` of all files below `folder`. Raises OSError; ValueError for a link or a device."""
     result, waiting = {}, [""]
     while waiting:
         prefix = waiting.pop()

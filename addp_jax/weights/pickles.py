@@ -19,8 +19,9 @@ OPERATIONS = 3_000_000  # a checkpoint with its optimizer takes some 100,000
 KEY_LIMIT = 2**32  # integers below are keys
 DICTS = ("collections.OrderedDict", "collections.defaultdict", "builtins.dict", "__builtin__.dict")
 VALUES = (
-    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING",
-    "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
+    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
+    "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES",
+    "BINBYTES8", "BYTEARRAY8",
 )  # fmt: skip
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 PERSISTENT = "persistent id"  # name of a `Made` for what the pickle says is stored outside
@@ -40,17 +41,18 @@ class Machine:
         self.stack, self.marks, self.memo, self.persistent = [], [], {}, []
 
     def above_mark(self) -> list:
-        start = self.marks.pop()
+        return self.cut(self.marks.pop())
+
+    def cut(self, start: int) -> list:
         items = self.stack[start:]
         del self.stack[start:]
         return items
 
     def pop(self, count: int) -> list:
-        if len(self.stack) < count:
+        start = len(self.stack) - count
+        if start < 0:
             raise ValueError("its pickle takes more from the stack than there is")
-        items = self.stack[len(self.stack) - count :]
-        del self.stack[len(self.stack) - count :]
-        return items
+        return self.cut(start)
 
     def made(self, maker, args):
         """What `maker(*args)` is here: a dict for the kinds of dict, a `Made` for all else."""
@@ -58,7 +60,8 @@ class Machine:
         if name not in DICTS:
             return Made(name, args)
         pairs = args[0] if isinstance(args, tuple) and args and isinstance(args[0], list) else []
-        return set_items({}, [one for pair in pairs if isinstance(pair, (list, tuple)) and len(pair) == 2 for one in pair])
+        pairs = [pair for pair in pairs if isinstance(pair, (list, tuple)) and len(pair) == 2]
+        return set_items({}, [item for pair in pairs for item in pair])
 
     def run(self, name: str, arg):
         """One operation, by its name in `pickletools`."""
@@ -146,19 +149,14 @@ def load(file: IO[bytes]) -> tuple[object, list[Made]]:
     file: in memory or memory-mapped, so that no more is read than there is. Raises ValueError for what is no pickle.
     """
     machine = Machine()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Python about escapes in damaged texts
-        return run_to_the_end(machine, file)
-
-
-def run_to_the_end(machine: Machine, file: IO[bytes]) -> tuple[object, list[Made]]:
     try:
-        for count, (opcode, arg, _) in enumerate(pickletools.genops(file)):
-            if count == OPERATIONS:
-                raise ValueError(f"its pickle has more than {OPERATIONS:,} operations")
-            if opcode.name == "STOP":
-                return machine.pop(1)[0], machine.persistent
-            machine.run(opcode.name, arg)
+        with warnings.catch_warnings(action="ignore"):  # of Python about escapes in damaged texts
+            for count, (opcode, arg, _) in enumerate(pickletools.genops(file)):
+                if count == OPERATIONS:
+                    raise ValueError(f"its pickle has more than {OPERATIONS:,} operations")
+                if opcode.name == "STOP":
+                    return machine.pop(1)[0], machine.persistent
+                machine.run(opcode.name, arg)
     except Exception as error:  # a damaged program fails wherever it can: an empty stack, no mark, no such number
         raise ValueError(files.reason(error) if isinstance(error, ValueError) else "its pickle is damaged") from error
     raise ValueError("its pickle does not end")

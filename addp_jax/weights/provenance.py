@@ -1,7 +1,7 @@
 """Which run a work directory's checkpoints are of: its identity, as JSON, and in what two of them differ.
 
-The rule: the copy that a step's manifest vouches for counts; then the root's file, then any other copy; without one that
-can be read, the run is unknown, never another one.
+The rule: the copy that a step's manifest vouches for counts; then the root's file, then any other copy; without one
+that can be read, the run is unknown, never another one.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ LOCATION = "location"  # the part of an identity that says where the data lay, a
 
 
 def differences(saved: dict, identity: dict) -> list[str]:
-    """One line for each field in which two identities differ: "model.width was 8, is 16". Where the data lay does not count."""
-    old, new = (_fields({name: tree[name] for name in tree if name != LOCATION}) for tree in (saved, json.loads(json.dumps(identity))))
-    names = sorted(name for name in old.keys() | new.keys() if (name in old, old.get(name)) != (name in new, new.get(name)))
-    return [f"{files.printable(name, 80)} {_change(old.get(name, 'absent'), new.get(name, 'absent'))}" for name in names]
+    """A line for each field in which two identities differ but for `LOCATION`: "model.width was 8, is 16"."""
+    trees = saved, json.loads(json.dumps(identity))
+    old, new = (_fields({name: tree[name] for name in tree if name != LOCATION}) for tree in trees)
+    pairs = {name: [tree.get(name, "absent") for tree in (old, new)] for name in sorted(old.keys() | new.keys())}
+    changed = [name for name, (was, now) in pairs.items() if was != now or (name in old) != (name in new)]
+    return [f"{files.printable(name, 80)} {_change(*pairs[name])}" for name in changed]
 
 
 def _fields(tree: dict) -> dict:
@@ -54,7 +56,7 @@ def _change(old, new) -> str:
 
 
 def find(root: pathlib.Path, folders: list[pathlib.Path]) -> tuple[dict | None, pathlib.Path | None]:
-    """(identity, folder) of the first of the steps `folders` that has it, or of `root`; (None, None) if there is none.
+    """(identity, folder) of the first of the steps `folders` that has it, or of `root`; (None, None) without any.
 
     folder: where it was found; `root` if the file there agrees. Raises UserError if the only file is unreadable.
     """
@@ -79,7 +81,7 @@ def find(root: pathlib.Path, folders: list[pathlib.Path]) -> tuple[dict | None, 
 
 
 def require(root: pathlib.Path, steps: list[pathlib.Path], text: str) -> None:
-    """Writes the identity `text` to `root`, or raises UserError if the checkpoints `steps` there are those of another run."""
+    """Writes the identity `text` to `root`. Raises UserError if the checkpoints `steps` there are of another run."""
     identity, problem = json.loads(text), ""
     saved, source = find(root, steps) if steps else (None, None)
     lines = differences(saved, identity) if saved is not None else []
@@ -98,7 +100,8 @@ def require(root: pathlib.Path, steps: list[pathlib.Path], text: str) -> None:
     if not processes.agreed(not problem):
         raise errors.UserError(f"workdir: {problem or f'the first process cannot write to {root}'}")
     if not processes.agreed((root / NAME).exists()):
-        raise errors.UserError(f"workdir {root.parent}: not the same folder for all processes; give one that they share")
+        problem = "not the same folder for all processes; give one that they share"
+        raise errors.UserError(f"workdir {root.parent}: {problem}")
 
 
 def _parsed(data: bytes) -> dict:

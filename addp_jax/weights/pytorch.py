@@ -12,11 +12,12 @@ import re
 from typing import Callable, NamedTuple
 
 import numpy as np
+from flax import traverse_util
 
 from addp_jax import errors
 from addp_jax.codecs import vqgan
 
-LEVELS, BLOCKS = 16, 128  # of a tokenizer, at most: more only a damaged or hostile file has, and building them takes for ever
+LEVELS, BLOCKS = 16, 128  # of a tokenizer, at most; a hostile file may claim more, and building them takes for ever
 
 
 class Transform(NamedTuple):
@@ -71,20 +72,14 @@ def blocks(torch: str, ours: str) -> list[Rule]:
     ]
 
 
-def head() -> list[Rule]:
-    return [
-        *linear("mlm_layer.fc", "head/fc"),
-        *norm("mlm_layer.ln", "head/norm"),
-        Rule("mlm_layer.bias", ("head/bias",), VECTOR),
-    ]
-
-
 def decoder_side() -> list[Rule]:
     return [
         *linear("decoder_embed", "decoder_embed"),
         *blocks("decoder_blocks", "decoder"),
         *norm("decoder_norm", "decoder_norm"),
-        *head(),
+        *linear("mlm_layer.fc", "head/fc"),
+        *norm("mlm_layer.ln", "head/norm"),
+        Rule("mlm_layer.bias", ("head/bias",), VECTOR),
     ]
 
 
@@ -137,20 +132,13 @@ def predictor_rules() -> list[Rule]:
 
 
 PREDICTOR_DEAD = (
-    "cls_token",
-    "pos_embed",
-    "mask_token",
-    "decoder_pos_embed",
-    "token_emb.position_ids",
-    "patch_embed.proj.weight",
-    "patch_embed.proj.bias",
-    "decoder_pred.weight",
-    "decoder_pred.bias",
-)
+    "cls_token", "pos_embed", "mask_token", "decoder_pos_embed", "token_emb.position_ids", "patch_embed.proj.weight",
+    "patch_embed.proj.bias", "decoder_pred.weight", "decoder_pred.bias",
+)  # fmt: skip
 
 
 def classifier_rules() -> list[Rule]:
-    """The release's fine-tuned classifier: the encoder without its two norms, a norm of the pooled features, the head."""
+    """The release's fine-tuned classifier: the encoder without its norms, a norm of the pooled features, the head."""
     return [
         *embeddings("encoder"),
         *blocks("blocks", "encoder/blocks"),
@@ -223,7 +211,7 @@ def from_torch(tensors: dict[str, np.ndarray], rules: list[Rule], dead: tuple[st
 
     Raises UserError when a tensor is missing, or when one is neither in the rules nor dead.
     """
-    params, used = {}, set(dead)
+    params, used = {}, set(dead)  # params by paths with slashes
     for rule in rules:
         names = layer_names(rule.torch, tensors)
         missing = [name for name in names if name not in tensors]
@@ -232,14 +220,13 @@ def from_torch(tensors: dict[str, np.ndarray], rules: list[Rule], dead: tuple[st
         used.update(names)
         parts = [rule.transform.to_jax(np.asarray(tensors[name])) for name in names]
         for path, arrays in zip(rule.ours, zip(*parts)):
-            if len({array.shape for array in arrays}) > 1:
-                raise errors.UserError(f"the weights' {rule.torch} have different shapes: {sorted({a.shape for a in arrays})}")
-            stacked = np.stack(arrays) if "{i}" in rule.torch else arrays[0]
-            set_path(params, path, np.ascontiguousarray(stacked))
+            if len(shapes := {array.shape for array in arrays}) > 1:
+                raise errors.UserError(f"the weights' {rule.torch} have different shapes: {sorted(shapes)}")
+            params[path] = np.ascontiguousarray(np.stack(arrays) if "{i}" in rule.torch else arrays[0])
     unknown = sorted(set(tensors) - used)
     if unknown:
         raise errors.UserError(f"the weights have {len(unknown)} tensors of no known meaning, among them {unknown[0]}")
-    return params
+    return traverse_util.unflatten_dict(params, sep="/")
 
 
 def to_torch(params: dict, rules: list[Rule]) -> dict[str, np.ndarray]:
@@ -249,8 +236,9 @@ def to_torch(params: dict, rules: list[Rule]) -> dict[str, np.ndarray]:
 
 def each_to_torch(params: dict, rules: list[Rule]):
     """`(name, array)` of `to_torch` one by one, views of `params` where possible."""
+    flat = traverse_util.flatten_dict(params, sep="/")
     for rule in rules:
-        arrays = [np.asarray(get_path(params, path)) for path in rule.ours]
+        arrays = [np.asarray(flat[path]) for path in rule.ours]
         if "{i}" not in rule.torch:
             yield rule.torch, rule.transform.to_torch(*arrays)
             continue
@@ -266,16 +254,3 @@ def layer_names(template: str, tensors) -> list[str]:
     layers = [int(match[1]) for match in map(pattern.match, tensors) if match]
     count = min(max(layers, default=-1) + 1, len(tensors) + 1)  # a higher number leaves a gap among these
     return [template.replace("{i}", str(i)) for i in range(count)]
-
-
-def get_path(params: dict, path: str):
-    for name in path.split("/"):
-        params = params[name]
-    return params
-
-
-def set_path(params: dict, path: str, value) -> None:
-    *parents, last = path.split("/")
-    for name in parents:
-        params = params.setdefault(name, {})
-    params[last] = value

@@ -20,7 +20,7 @@ def install() -> None:
     before = sys.unraisablehook
 
     def unraisable(event):
-        """Orbax raises the first error of a read or write and closes its loop: what still ends then cannot report there."""
+        """Of a failed read or write, orbax raises the first error and closes its loop; what ends later fails there."""
         if not (event.exc_type is RuntimeError and str(event.exc_value) == "Event loop is closed"):
             before(event)
 

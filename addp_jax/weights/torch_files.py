@@ -1,9 +1,9 @@
 """PyTorch's files, the zips and the older ones, read without PyTorch and without running code from them.
 
-A tensor is read only if the file stores all of it: its storage is one record of the file, as long as the storage claims,
-shape and strides stay inside the storage, and no element is there twice. Records of a zip are stored uncompressed, do not
-overlap, and have the CRC that the zip states when their values are read. So nothing larger than the file comes out of it,
-and nothing but what was written.
+A tensor is read only if the file stores all of it: its storage is one record of the file, as long as the storage
+claims, shape and strides stay inside the storage, and no element is there twice. Records of a zip are stored
+uncompressed, do not overlap, and have the CRC that the zip states when their values are read. So nothing larger than
+the file comes out of it, and nothing but what was written.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from addp_jax.weights import pickles
 ZIP, PICKLE = b"PK\x03\x04", re.compile(rb"\x80[\x02-\x05]")  # how the newer and the older files begin
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # first and second pickle of an older file
 DTYPES = {  # of a storage, by the class that the pickle names
-    "Float": np.float32, "Half": np.float16, "BFloat16": ml_dtypes.bfloat16, "Double": np.float64, "Long": np.int64, "Int": np.int32,
-    "Short": np.int16, "Char": np.int8, "Byte": np.uint8, "Bool": np.bool_, "ComplexFloat": np.complex64, "ComplexDouble": np.complex128,
+    "Float": np.float32, "Half": np.float16, "BFloat16": ml_dtypes.bfloat16, "Double": np.float64, "Long": np.int64,
+    "Int": np.int32, "Short": np.int16, "Char": np.int8, "Byte": np.uint8, "Bool": np.bool_,
+    "ComplexFloat": np.complex64, "ComplexDouble": np.complex128,
 }  # fmt: skip
-REBUILD, PARAMETER, SUBCLASS = "torch._utils._rebuild_tensor", "torch._utils._rebuild_parameter", "torch._tensor._rebuild_from_type_v2"
+REBUILD, PARAMETER = "torch._utils._rebuild_tensor", "torch._utils._rebuild_parameter"
+SUBCLASS = "torch._tensor._rebuild_from_type_v2"
 
 
 class Record:
@@ -42,8 +44,8 @@ class Record:
     def checked(self) -> Record:
         if self.crc is not None:
             with memoryview(self.data) as view, view[self.start : self.start + self.size] as part:
-                found = zlib.crc32(part)
-            if found != self.crc:
+                crc = zlib.crc32(part)
+            if crc != self.crc:
                 path, name = self.where
                 raise errors.UserError(f"{path} is damaged: CRC of {name} differs")
             self.crc = None
@@ -72,7 +74,7 @@ class Tensor(NamedTuple):
 
 
 class File:
-    """An opened file: `tree` is what it holds, as plain values and `pickles.Made`; `tensor` finds those that are tensors."""
+    """An opened file: `tree` is what it holds, as plain values and `pickles.Made`; `tensor` finds the tensors."""
 
     def __init__(self, path: str):
         """Raises UserError naming the file if it is damaged or no file of PyTorch's."""
@@ -86,50 +88,51 @@ class File:
             elif PICKLE.match(self.data):
                 self.tree, self.records = self.open_older()
             else:
-                raise errors.UserError(f"{path} is not a PyTorch file: it begins with other bytes")
+                raise self.error("is not a PyTorch file: it begins with other bytes")
         except errors.UserError:
             raise
         except Exception as error:  # a hostile zip can make zipfile raise anything
-            raise errors.UserError(f"{path} is damaged or cut short: {files.reason(error)}") from error
+            raise self.error(f"is damaged or cut short: {files.reason(error)}") from error
+
+    def error(self, problem: str) -> errors.UserError:
+        return errors.UserError(f"{self.path} {problem}")
 
     def open_zip(self):
         with files.open_regular(self.path) as file, zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
-        found = {name for entry in entries if (name := entry.filename).endswith("/data.pkl") and name.count("/") == 1}
         names = {entry.filename for entry in entries}
         if names and all(name.endswith(".npy") for name in names):
-            raise errors.UserError(f"{self.path} is a NumPy archive (.npz), not weights of PyTorch; save them as .safetensors")
-        if len(found) != 1:
-            raise errors.UserError(f"{self.path} is a zip, but none of PyTorch's (no data.pkl); unpack it and give the weight file in it")
-        pickle = found.pop()
-        root = pickle.removesuffix("data.pkl")
+            raise self.error("is a NumPy archive (.npz), not weights of PyTorch; save them as .safetensors")
+        roots = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
+        if len(roots) != 1:
+            advice = "unpack it and give the weight file in it"
+            raise self.error(f"is a zip, but none of PyTorch's (no data.pkl); {advice}")
+        (root,) = roots
         if any(name == f"{root}constants.pkl" or name.startswith(f"{root}code/") for name in names):
             advice = "save the tensors by torch.save(torch.jit.load(PATH).state_dict(), NEW)"
-            raise errors.UserError(f"{self.path} is a TorchScript program, not a dict of tensors; {advice}")
+            raise self.error(f"is a TorchScript program, not a dict of tensors; {advice}")
         records = self.zip_records(entries, root)
-        order = records.get("byteorder")
-        if order and self.bytes_of(order) != b"little":
-            raise errors.UserError(f"{self.path} was written by a big-endian machine, which is not read")
+        if (order := records.get("byteorder")) and self.bytes_of(order) != b"little":
+            raise self.error("was written by a big-endian machine, which is not read")
         with io.BytesIO(self.bytes_of(records["data.pkl"])) as file:
             tree, _ = pickles.load(file)
-        return tree, {name.removeprefix("data/"): record for name, record in records.items() if name.startswith("data/")}
+        return tree, {name[5:]: record for name, record in records.items() if name.startswith("data/")}
 
     def zip_records(self, entries, root: str) -> dict[str, Record]:
         """{name after `root`: record}; UserError unless the entries are as PyTorch writes them."""
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise errors.UserError(f"{self.path} is refused: it is a compressed zip, and PyTorch writes uncompressed ones")
+            raise self.error("is refused: it is a compressed zip, and PyTorch writes uncompressed ones")
         records, end = {}, 0
         for entry in sorted(entries, key=lambda entry: entry.header_offset):
             name = files.printable(entry.filename.removeprefix(root), 60)
             if entry.header_offset < end or name in records:
-                raise errors.UserError(f"{self.path} is refused: the entries of its zip overlap")
+                raise self.error("is refused: the entries of its zip overlap")
             if self.data[entry.header_offset : entry.header_offset + 4] != ZIP:
-                raise errors.UserError(f"{self.path} is damaged: {name} is not where the zip says")
-            lengths = struct.unpack_from("<HH", self.data, entry.header_offset + 26)
-            start = entry.header_offset + 30 + sum(lengths)
+                raise self.error(f"is damaged: {name} is not where the zip says")
+            start = entry.header_offset + 30 + sum(struct.unpack_from("<HH", self.data, entry.header_offset + 26))
             end = start + entry.file_size
             if end > self.size:
-                raise errors.UserError(f"{self.path} is damaged: {name} reaches beyond the end of the file")
+                raise self.error(f"is damaged: {name} reaches beyond the end of the file")
             records[name] = Record((self.path, name), self.data, start, entry.file_size, entry.CRC)
         return records
 
@@ -138,17 +141,14 @@ class File:
         return self.data[record.start : record.start + record.size]
 
     def open_older(self):
-        """Five pickles (magic number, protocol, machine, tree, keys of the storages), then each storage's length and bytes."""
+        """Five pickles (magic number, protocol, machine, tree, keys of the storages), then length and bytes of each."""
         if pickles.load(self.data)[0] != MAGIC:
-            raise errors.UserError(f"{self.path} is a pickle, but none of PyTorch's; save the tensors by torch.save")
+            raise self.error("is a pickle, but none of PyTorch's; save the tensors by torch.save")
         protocol, machine = pickles.load(self.data)[0], pickles.load(self.data)[0]
         if protocol != PROTOCOL or not isinstance(machine, dict) or machine.get("little_endian") is not True:
-            raise errors.UserError(f"{self.path} is of another protocol or a big-endian machine, which is not read")
+            raise self.error("is of another protocol or a big-endian machine, which is not read")
         tree, persistent = pickles.load(self.data)
-        dtypes = {}
-        for made in persistent:
-            key, dtype, _ = storage_of(made)
-            dtypes[key] = dtype
+        dtypes = {key: dtype for key, dtype, _ in map(storage_of, persistent)}
         records, start = {}, 0
         for key in (keys := pickles.load(self.data)[0]):
             start = self.data.tell() if not records else start
@@ -163,7 +163,7 @@ class File:
         return tree, records
 
     def tensor(self, value) -> Tensor | None:
-        """The tensor that `value` stands for, None if it is something else. Raises ValueError if it is not stored whole."""
+        """The tensor that `value` stands for; None if it is none. Raises ValueError if it is not stored whole."""
         for _ in range(4):  # a parameter of a subclass holds a tensor, and so on
             if not isinstance(value, pickles.Made) or not isinstance(value.args, tuple) or not value.args:
                 return None
@@ -189,8 +189,8 @@ class File:
         if record is None or record.size != count * dtype.itemsize:
             raise ValueError("its storage is missing or has another size")
         last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides))
-        inside = isinstance(offset, int) and len(shape) == len(strides) and 0 <= offset <= count and (0 in shape or last < count)
-        if not inside or math.prod(shape) > count:
+        inside = isinstance(offset, int) and 0 <= offset <= count and (0 in shape or last < count)
+        if not inside or len(shape) != len(strides) or math.prod(shape) > count:
             raise ValueError("an expanded tensor, or one that reaches out of its storage")
         return Tensor(record, dtype.name, offset, shape, strides)
 
@@ -198,7 +198,8 @@ class File:
 def sizes(value) -> tuple[int, ...]:
     """A shape as the pickle has it. Raises ValueError unless it is up to 32 integers in int64."""
     value = value.args[0] if isinstance(value, pickles.Made) and value.name == "torch.Size" and value.args else value
-    if not isinstance(value, tuple) or len(value) > 32 or not all(isinstance(one, int) and 0 <= one < 2**63 for one in value):
+    integers = isinstance(value, tuple) and all(isinstance(size, int) and 0 <= size < 2**63 for size in value)
+    if not integers or len(value) > 32:
         raise ValueError("a tensor of an impossible shape")
     return value
 
@@ -206,10 +207,11 @@ def sizes(value) -> tuple[int, ...]:
 def storage_of(made) -> tuple[str, np.dtype | None, int]:
     """`(key, dtype, number of elements)` of a persistent id; dtype None if it is one that no weights have."""
     args = made.args if isinstance(made, pickles.Made) and made.name == pickles.PERSISTENT else None
-    if not isinstance(args, tuple) or len(args) < 5 or args[0] != "storage" or not isinstance(args[2], str):
+    if not isinstance(args, tuple) or len(args) < 5 or args[0] != "storage":
         raise ValueError("a tensor without a storage in the file")
     _, kind, key, _, count, *view = args
-    if not isinstance(kind, pickles.Made) or not isinstance(count, int) or count < 0 or any(part is not None for part in view):
+    types = isinstance(kind, pickles.Made) and isinstance(key, str) and isinstance(count, int)
+    if not types or count < 0 or any(part is not None for part in view):
         raise ValueError("a tensor without a storage in the file")
     kind = DTYPES.get(type_name(kind).removesuffix("Storage"))
     return key, None if kind is None else np.dtype(kind), count

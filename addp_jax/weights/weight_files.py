@@ -2,16 +2,16 @@
 
 What a file holds is untrusted: no code of it runs (`pickles`), and nothing is read into memory that is not in the file,
 so that a small file cannot become a large array: its tensors together are at most `SHARING` times as long as the file.
-Whatever is wrong with a file is one line that names it and leads on. Names that come out of a file are made printable
-and cut when they are read.
+Whatever is wrong with a file is one line that names it and leads on. Names out of a file are made printable and cut.
 
 The tensors stand at the top, or in the dict under the first of `WRAPPERS` that is there, again and again; what stands
-beside it is not read. Averaged tensors (`AVERAGED`, `model_ema.`) are read where there are no raw ones; otherwise one line says
-that they are there.
+beside it is not read. Averaged tensors (`AVERAGED`, `model_ema.`) are read where there are no raw ones; otherwise one
+line says that they are there.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -28,8 +28,8 @@ from addp_jax import errors, files
 from addp_jax.weights import pickles, torch_files
 
 TORCH = (".pth", ".pt", ".ckpt", ".bin")
-FLOATS = ("float32", "float16", "bfloat16", "float64")
 SAFETENSORS_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+FLOATS = tuple(SAFETENSORS_FLOATS.values())
 SAFETENSORS_TYPES = {name: short for short, name in SAFETENSORS_FLOATS.items()} | {"int64": "I64"}
 CONFIG_KEY = "addp_jax"  # in the header of a safetensors file: the config of the run, JSON of its task and model
 WRAPPERS = ("model", "state_dict", "model_state_dict", "params", "module")  # keys under which the tensors are kept
@@ -38,30 +38,30 @@ AVERAGED_NAMES = ("model_ema.", "n_averaged")  # beginnings of names beside raw 
 DEPTH = 8  # dicts around the tensors
 SHARING = 4  # several names may share bytes, as frozen networks do
 NAME_LENGTH = 80  # characters of a name that are kept, more than any layout has
+TENSORFLOW = "of a TensorFlow checkpoint: save its tensors as .safetensors under the names of a layout"
+UNPACK = "unpack it and give the weight file in it"
 OTHER_KINDS = (  # how other files begin, and what to do with them
     (rb"version https://git-lfs", "a Git LFS pointer, not the weights: run git lfs pull in its folder"),
     (rb"\s*<(!doctype|html|head|\?xml)", "a web page, not the weights: download the file itself"),
-    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd", "a compressed archive: unpack it and give the weight file in it"),
-    (rb"(?s).{257}ustar", "a tar archive: unpack it and give the weight file in it"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd", f"a compressed archive: {UNPACK}"),
+    (rb"(?s).{257}ustar", f"a tar archive: {UNPACK}"),
     (rb"\x89HDF", "an HDF5 file (Keras): save its tensors as .safetensors under the names of a layout"),
     (rb"\x93NUMPY", "a NumPy array, not named tensors: save them as .safetensors"),
-    (rb"model_checkpoint_path:", "of a TensorFlow checkpoint: save its tensors as .safetensors under the names of a layout"),
-    (rb"\s*[{\[]\s*[\"\]}]", "a JSON text, not the weights: of a checkpoint in several parts, join these into one .safetensors file"),
+    (rb"model_checkpoint_path:", TENSORFLOW),
+    (rb"\s*[{\[]\s*[\"\]}]", "a JSON text, not the weights: "
+     "of a checkpoint in several parts, join these into one .safetensors file"),
 )
-TENSORFLOW = re.compile(r"\.(index|meta|data-\d+-of-\d+)$")
-SAFETENSORS_START = re.compile(rb"(?s).{6}\0\0\{")
 
 
 class Stored:
     """A tensor in a file: its shape is known, its values are read by `np.asarray`, as float32.
 
     float16 and bfloat16 are widened exactly, float64 is rounded. Raises UserError, when read, if the type is no
-    other float or a value is NaN or infinite.
+    other float or a value is NaN or infinite. where: file and name for messages; read: () -> array.
     """
 
-    def __init__(self, where: str, shape, dtype: str, read):
-        """where: file and name for messages; read: () -> array."""
-        self.where, self.shape, self.dtype, self.read = where, tuple(shape), files.printable(dtype, NAME_LENGTH), read
+    def __init__(self, where: str, shape, dtype: str, read: Callable):
+        self.where, self.shape, self.dtype, self.read = where, tuple(shape), printable(dtype), read
         self.on_read = lambda: None
 
     def __array__(self, dtype=None, copy=None):
@@ -83,19 +83,17 @@ class Stored:
 def read(path: str) -> dict[str, Stored]:
     """The tensors of a weight file, by name.
 
-    `.safetensors`; `.pth`, `.pt`, `.ckpt` and `.bin` (PyTorch); `.msgpack` or no extension (flax; names joined by slashes).
-    Raises UserError naming the file when it cannot be read, is damaged, or holds anything but tensors.
+    `.safetensors`; `.pth`, `.pt`, `.ckpt` and `.bin` (PyTorch); `.msgpack` or no extension (flax; names joined by
+    slashes). Raises UserError naming the file when it cannot be read, is damaged, or holds anything but tensors.
     """
     extension = os.path.splitext(path)[1].lower()
     refuse_other_kinds(path, extension)
-    if extension == ".safetensors":
-        return read_safetensors(path)
-    if extension in TORCH:
-        return read_torch(path)
-    if extension in (".msgpack", ""):
-        return read_msgpack(path)
-    known = f"use .safetensors, {', '.join(TORCH)} or flax's .msgpack"
-    raise errors.UserError(f"{path}: {files.printable(extension, NAME_LENGTH)} is no weight file; {known}")
+    readers = {".safetensors": read_safetensors, ".msgpack": read_msgpack, "": read_msgpack}
+    readers |= dict.fromkeys(TORCH, read_torch)
+    if extension not in readers:
+        known = f"use .safetensors, {', '.join(TORCH)} or flax's .msgpack"
+        raise errors.UserError(f"{path}: {printable(extension)} is no weight file; {known}")
+    return readers[extension](path)
 
 
 def refuse_other_kinds(path: str, extension: str) -> None:
@@ -107,15 +105,14 @@ def refuse_other_kinds(path: str, extension: str) -> None:
         raise errors.UserError(f"{path} cannot be read: {files.reason(error)}") from error
     if not start:
         raise errors.UserError(f"{path} is empty: copy or download it again")
-    if TENSORFLOW.search(path.lower()):
-        raise errors.UserError(f"{path} is {OTHER_KINDS[-2][1]}")
+    if re.search(r"\.(index|meta|data-\d+-of-\d+)$", path.lower()):
+        raise errors.UserError(f"{path} is {TENSORFLOW}")
     for pattern, what in OTHER_KINDS:
         if re.match(pattern, start, re.IGNORECASE):
             raise errors.UserError(f"{path} is {what}")
-    torch = start.startswith(torch_files.ZIP) or torch_files.PICKLE.match(start)
-    if torch and extension not in TORCH:
+    if extension not in TORCH and (start.startswith(torch_files.ZIP) or torch_files.PICKLE.match(start)):
         raise errors.UserError(f"{path} is a file of PyTorch's by its content: give it a name that ends in .pth")
-    if SAFETENSORS_START.match(start) and extension != ".safetensors":
+    if extension != ".safetensors" and re.match(rb"(?s).{6}\0\0\{", start):  # a length below 256 TiB, then JSON
         raise errors.UserError(f"{path} is a safetensors file by its content: give it a name that ends in .safetensors")
 
 
@@ -127,22 +124,19 @@ def printable(name) -> str:
 def read_safetensors(path: str) -> dict[str, Stored]:
     try:
         file = safetensors.safe_open(path, "numpy")
-        slices = {name: file.get_slice(name) for name in file.keys()}
-        found = {}
-        for name, tensor in slices.items():
-            dtype = SAFETENSORS_FLOATS.get(tensor.get_dtype(), tensor.get_dtype())
-            found[name] = Stored(f"{path}: {printable(name)}", tensor.get_shape(), dtype, lambda name=name: file.get_tensor(name))
+        tensors = {}
+        for name in file.keys():
+            part, where = file.get_slice(name), f"{path}: {printable(name)}"
+            dtype = SAFETENSORS_FLOATS.get(part.get_dtype(), part.get_dtype())
+            tensors[name] = Stored(where, part.get_shape(), dtype, functools.partial(file.get_tensor, name))
     except Exception as error:  # the library has several kinds, and panics
         reason = files.reason(error).removeprefix("Error while deserializing header: ")
         raise errors.UserError(f"{path} is not a whole safetensors file: {reason}") from error
-    return {printable(name): tensor for name, tensor in raw_only(path, found).items()}
+    return {printable(name): tensor for name, tensor in raw_only(path, tensors).items()}
 
 
 def read_config(path: str) -> str:
-    """The text that stands in the header of a .safetensors file under `CONFIG_KEY`; "" if there is none, or in another file.
-
-    Raises UserError naming the file when it is damaged.
-    """
+    """The text under `CONFIG_KEY` in a .safetensors file, else "". Raises UserError naming a file that is damaged."""
     if not path.lower().endswith(".safetensors"):
         return ""
     refuse_other_kinds(path, ".safetensors")
@@ -154,7 +148,7 @@ def read_config(path: str) -> str:
 
 def read_torch(path: str) -> dict[str, Stored]:
     file = torch_files.File(path)
-    found, total = {}, 0
+    tensors, total = {}, 0
     for key, value in tensors_of(path, file.tree).items():
         where = f"{path}: {printable(key)}"
         try:
@@ -165,10 +159,11 @@ def read_torch(path: str) -> dict[str, Stored]:
         if tensor is None:
             raise not_a_tensor(where, value)
         total += tensor.nbytes
-        found[printable(key)] = Stored(where, tensor.shape, tensor.dtype, tensor.read)
+        tensors[printable(key)] = Stored(where, tensor.shape, tensor.dtype, tensor.read)
     if total > SHARING * file.size:
-        raise errors.UserError(f"{path} is refused: its tensors are {total / 1e6:.0f} MB, the file {file.size / 1e6:.0f} MB")
-    return found
+        sizes = f"its tensors are {total / 1e6:.0f} MB, the file {file.size / 1e6:.0f} MB"
+        raise errors.UserError(f"{path} is refused: {sizes}")
+    return tensors
 
 
 def read_msgpack(path: str) -> dict[str, Stored]:
@@ -177,18 +172,18 @@ def read_msgpack(path: str) -> dict[str, Stored]:
         tree = serialization.msgpack_restore(files.read_bytes(path))
     except Exception as error:  # numpy and msgpack raise whatever a hostile file makes them
         raise errors.UserError(f"{path} is not a whole flax msgpack file: {files.reason(error)}") from error
-    found, left = {}, [("", tensors_of(path, tree))]
-    while left:  # no recursion: a file can nest deeply
-        prefix, branch = left.pop()
+    tensors, waiting = {}, [("", tensors_of(path, tree))]
+    while waiting:  # no recursion: a file can nest deeply
+        prefix, branch = waiting.pop()
         for key, value in branch.items():
             name = printable(f"{prefix}{key}")
             if isinstance(value, dict):
-                left.append((f"{name}/", value))
+                waiting.append((f"{name}/", value))
             elif isinstance(value, np.ndarray):
-                found[name] = Stored(f"{path}: {name}", value.shape, str(value.dtype), lambda value=value: value)
+                tensors[name] = Stored(f"{path}: {name}", value.shape, str(value.dtype), lambda value=value: value)
             else:
                 raise not_a_tensor(f"{path}: {name}", value)
-    return found
+    return tensors
 
 
 def not_a_tensor(where: str, value) -> errors.UserError:
@@ -207,8 +202,8 @@ def tensors_of(path: str, tree) -> dict:
             break
         tree = tree[(raw + averaged)[0]]
     if isinstance(tree, pickles.Made):
-        advice = "save its state_dict() by torch.save"
-        raise errors.UserError(f"{path} holds an object of {printable(tree.name)}, not a dict of tensors: {advice}")
+        what = f"an object of {printable(tree.name)}, not a dict of tensors"
+        raise errors.UserError(f"{path} holds {what}: save its state_dict() by torch.save")
     if not isinstance(tree, dict) or not tree:
         raise errors.UserError(f"{path} holds no dict of tensors")
     return raw_only(path, tree)
@@ -225,33 +220,34 @@ def raw_only(path: str, tensors: dict) -> dict:
 
 
 def tell_averaged(path: str, name: str) -> None:
-    print(f"{path}: holds averaged tensors as well ({printable(name)}); the raw ones are read. Save the averaged alone to read them")
+    advice = "the raw ones are read. Save the averaged alone to read them"
+    print(f"{path}: holds averaged tensors as well ({printable(name)}); {advice}")
 
 
 def without_prefix(tensors: dict, known: Callable[[Iterable[str]], bool]) -> dict:
-    """`tensors` without the prefix (`module.`, `_orig_mod.`, `model.`...) that all names share, if only then they are `known`.
+    """`tensors` without the prefixes (`module.`, `_orig_mod.`, `model.`...) that all names share.
 
     known: whether names are those of a network that is looked for. Returns `tensors` as they are if no prefix helps.
     """
-    found = tensors
-    while not known(found):
-        prefixes = {match[0] if (match := re.match(r"[^./]*[./]", name)) else "" for name in found}
+    shorter = tensors
+    while not known(shorter):
+        prefixes = {match[0] if (match := re.match(r"[^./]*[./]", name)) else "" for name in shorter}
         if len(prefixes) != 1 or "" in prefixes:
             return tensors
         (prefix,) = prefixes
-        found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
-    return found
+        shorter = {name.removeprefix(prefix): tensor for name, tensor in shorter.items()}
+    return shorter
 
 
 def check_output(path: str, force: bool) -> None:
     """Raises UserError unless `path` names a file of a kind that can be written here, and is free or `force` is set."""
-    extension = os.path.splitext(path)[1].lower()
+    extension, folder = os.path.splitext(path)[1].lower(), os.path.dirname(path)
     if extension in TORCH:
         import_torch(path)
     elif extension != ".safetensors":
         raise errors.UserError(f"output={path}: give a name that ends in .safetensors or {', '.join(TORCH)}")
-    if not os.path.isdir(os.path.dirname(path) or "."):
-        raise errors.UserError(f"output={path}: there is no folder {os.path.dirname(path)}")
+    if not os.path.isdir(folder or "."):
+        raise errors.UserError(f"output={path}: there is no folder {folder}")
     if os.path.exists(path) and not force:
         raise errors.UserError(f"output={path}: there is such a file already; force replaces it")
 
@@ -259,17 +255,15 @@ def check_output(path: str, force: bool) -> None:
 def write(path: str, tensors: dict[str, np.ndarray], wrapper: str, config: str = "") -> None:
     """Writes contiguous arrays to `path` (see `check_output`): under another name first, so that it appears whole.
 
-    wrapper: key of the dict around the tensors in a PyTorch file; config: text for `read_config` in a safetensors file; "" = none.
-    Raises UserError when there is no room.
+    wrapper: key of the dict around the tensors in a PyTorch file; config: text for `read_config` in a safetensors file;
+    "" = none. Raises UserError when there is no room.
     """
     size, free = sum(array.nbytes for array in tensors.values()), shutil.disk_usage(os.path.dirname(path) or ".").free
     if size > free:
         raise errors.UserError(f"{path} needs {size / 1e6:.0f} MB, and its disk has {free / 1e6:.0f} MB left")
+    function, text = (write_safetensors, config) if path.lower().endswith(".safetensors") else (write_torch, wrapper)
     try:
-        if path.lower().endswith(".safetensors"):
-            files.replace(path, lambda file: write_safetensors(file, tensors, config))
-        else:
-            files.replace(path, lambda file: write_torch(file, tensors, wrapper))
+        files.replace(path, lambda file: function(file, tensors, text))
     except (OSError, RuntimeError) as error:
         raise errors.UserError(f"cannot write {path}: {files.reason(error)}; is the disk full?") from error
 
@@ -301,5 +295,6 @@ def import_torch(path: str):
     try:
         import torch
     except ImportError as error:
-        raise errors.UserError(f"{path} needs PyTorch to be written: pip install torch; a .safetensors file does not") from error
+        advice = "pip install torch; a .safetensors file does not"
+        raise errors.UserError(f"{path} needs PyTorch to be written: {advice}") from error
     return torch

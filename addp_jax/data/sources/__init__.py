@@ -1,9 +1,7 @@
 """Random-access sources of examples. Adding a source adds one file here and edits none.
 
-A source file has `open_split(config, split, image_size) -> Source`, where config is `pipeline.Config`, whose `source` is
-the file's name, and split "train" or "eval".
-
-Sources are cheap to pickle, because every worker process gets a copy.
+A source file has `open_split(config, split, image_size) -> Source`, where config is `pipeline.Config`, whose `source`
+is the file's name, and split "train" or "eval". Sources are cheap to pickle: every worker process gets a copy.
 """
 
 import hashlib
@@ -57,7 +55,7 @@ def names() -> list[str]:
 def open_split(config, split: str, image_size: int) -> Source:
     """The source `config.source` of the split "train" or "eval".
 
-    image_size: side in pixels of generated images; files have their own. Raises UserError: unknown source, or what it raises.
+    image_size: side in pixels of generated images; files have their own. Raises UserError: unknown, or as the source.
     """
     if config.source not in names():
         raise errors.UserError(f"config.data.source = {config.source!r}; choose {', '.join(names())}")
@@ -72,24 +70,17 @@ def require_path(config) -> str:
 
 
 class Files(Source):
-    """Image files with labels, their paths kept as one bytes object.
-
-    A list of a million paths takes a second to pickle, this takes milliseconds.
+    """Image files with labels, int32 [N]. Their paths are one bytes object, which pickles faster than a list.
 
     Args:
       root: folder that `paths` are relative to.
-      paths: file names.
-      labels: one int per path.
-      classes: class names by label, or () when unknown.
+      classes: names by label, or () when unknown.
       sizes: bytes of each file, or None = asked for when needed.
-
-    `labels` is int32 [N].
     """
 
-    def __init__(self, root: str, paths: list[str], labels: list[int], classes: tuple[str, ...], sizes: list[int] | None = None):
+    def __init__(self, root: str, paths, labels, classes: tuple[str, ...], sizes: list[int] | None = None):
         encoded = [os.fsencode(path) for path in paths]
-        self.root = root
-        self.classes = classes
+        self.root, self.classes = root, classes
         self._names = b"".join(encoded)
         self._ends = np.cumsum([0] + [len(name) for name in encoded])
         self._sizes = None if sizes is None else np.array(sizes, np.int64)
@@ -98,11 +89,10 @@ class Files(Source):
 
     def path(self, i: int) -> str:
         """The file of example i."""
-        name = self._names[self._ends[i] : self._ends[i + 1]]
-        return os.path.join(self.root, os.fsdecode(name))
+        return os.path.join(self.root, os.fsdecode(self._names[self._ends[i] : self._ends[i + 1]]))
 
     def fingerprint(self, times: bool = False) -> str:
-        """Changes when a file is added, removed, renamed, relabelled or gets another size; with `times`, when it is rewritten.
+        """Changes when a file is added, removed, renamed, relabelled or resized; with `times`, when it is rewritten.
 
         Without `times` it survives moving and copying the folder.
         """

@@ -17,31 +17,27 @@ def open_split(config, split: str, image_size: int) -> sources.Source:
 
 
 class ArrayRecord(sources.Source):
-    """Shards written by `python -m addp_jax.data.pack`.
+    """Shards written by `python -m addp_jax.data.pack`, named `<split>-00000-of-00004.array_record`.
 
-    Args:
-      path: the folder of the shards, or a glob that matches them.
-      split: shards named `<split>-00000-of-00004.array_record` are read.
-
-    Raises:
-      UserError: no shard, a missing shard, or a file of another format.
+    path: the folder of the shards, or a glob that matches them.
+    Raises UserError: no shard, a missing shard, or a file of another format.
     """
 
     labelled = True
 
     def __init__(self, path: str, split: str = "train"):
         self.path, self.split = path, split
-        shard_files = shards(path, split)
-        folder = os.path.dirname(shard_files[0])
-        self._records = _open_shards(shard_files)
-        names = os.path.join(folder, f"{split}-classes.json")
+        paths = shards(path, split)
+        self._records = _open_shards(paths)
+        list_file = os.path.join(os.path.dirname(paths[0]), f"{split}-classes.json")
         try:
-            classes = files.read_json(names)
-            if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes) or len(set(classes)) < len(classes):
+            names = files.read_json(list_file)
+            strings = isinstance(names, list) and all(isinstance(name, str) for name in names)
+            if not strings or len(set(names)) < len(names):
                 raise ValueError("not a list of different names")
-            self.classes = tuple(classes)
-        except (OSError, ValueError, TypeError) as error:
-            raise errors.UserError(f"config.data.path: cannot read {names}: {files.reason(error)}") from error
+        except (OSError, ValueError) as error:
+            raise errors.UserError(f"config.data.path: cannot read {list_file}: {files.reason(error)}") from error
+        self.classes = tuple(names)
 
     def fingerprint(self, times: bool = False) -> str:
         """Changes with the shards: their names and sizes, with `times` also their place and time of change."""
@@ -75,28 +71,25 @@ def _open_shards(paths: list[str]):
         for path in paths:
             try:
                 len(grain.sources.ArrayRecordDataSource([path]))
-            except Exception as one:
-                raise errors.UserError(f"config.data.path: {path} is damaged or cut short ({files.reason(one)})") from one
-        raise errors.UserError(f"config.data.path: cannot open {paths[0]} and the others: {files.reason(error)}") from error
+            except Exception as damage:
+                reason = files.reason(damage)
+                raise errors.UserError(f"config.data.path: {path} is damaged or cut short ({reason})") from damage
+        reason = files.reason(error)
+        raise errors.UserError(f"config.data.path: cannot open {paths[0]} and the others: {reason}") from error
 
 
 def shards(path: str, split: str) -> list[str]:
-    """The shard files of a split, in order.
-
-    Raises:
-      UserError: there is none, or fewer than their names promise.
-    """
+    """The shard files of a split, in order. Raises UserError: there is none, or fewer than their names promise."""
     pattern = re.compile(re.escape(split) + r"-\d+-of-(\d+)\.array_record")
     candidates = sorted(glob.glob(os.path.join(glob.escape(path), "*") if os.path.isdir(path) else path))
-    found = [(file, match) for file in candidates if (match := pattern.fullmatch(os.path.basename(file)))]
-    if not found:
-        raise errors.UserError(
-            f"config.data.path: no {split}-*.array_record in {path!r}; write them with python -m addp_jax.data.pack"
-        )
-    promised = int(found[0][1].group(1))
-    if len(found) != promised:
-        raise errors.UserError(f"config.data.path: {len(found)} of {promised} {split} shards found in {path!r}")
-    for file, _ in found:
+    paths = [file for file in candidates if pattern.fullmatch(os.path.basename(file))]
+    if not paths:
+        advice = "write them with python -m addp_jax.data.pack"
+        raise errors.UserError(f"config.data.path: no {split}-*.array_record in {path!r}; {advice}")
+    promised = int(pattern.fullmatch(os.path.basename(paths[0]))[1])
+    if len(paths) != promised:
+        raise errors.UserError(f"config.data.path: {len(paths)} of {promised} {split} shards found in {path!r}")
+    for file in paths:
         if not os.path.isfile(file):
             raise errors.UserError(f"config.data.path: {file} is not a regular file")
-    return [file for file, _ in found]
+    return paths

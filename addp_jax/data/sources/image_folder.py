@@ -1,7 +1,7 @@
 """A folder of images.
 
-The rules for folders: a class is a sub-folder with at least one image, its label its place among the sorted names of the
-training split; every image is taken once, however links lead to it; what is left out is said in one line.
+The rules for folders: a class is a sub-folder with at least one image, its label its place among the sorted names of
+the training split; every image is taken once, however links lead to it; what is left out is said in one line.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from addp_jax.data import sources, walk
 
 LAYOUTS = f"PATH/{{train,val}}/CLASS/*.jpg, PATH/CLASS/*.jpg or PATH/*.jpg (also {walk.ENDINGS})"
 HELD_OUT = 20  # one image in this many is kept for evaluation where a folder has no splits
-SPLIT_NAMES = ("train", "training"), ("val", "valid", "validation", "eval", "test")  # that folders of splits usually have
+SPLIT_NAMES = ("train", "training"), ("val", "valid", "validation", "eval", "test")  # usual names of their folders
 
 
 def open_split(config, split: str, image_size: int) -> sources.Source:
@@ -22,42 +22,31 @@ def open_split(config, split: str, image_size: int) -> sources.Source:
 class ImageFolder(sources.Files):
     """A folder of images: one sub-folder per class, or no sub-folders at all.
 
-    Three layouts are understood: `root/<split>/class/...`, `root/class/...` and
-    images directly in `root` (or `root/<split>`), which then all get label 0 of
-    the one class "all". Images in nested sub-folders belong to the class above
-    them. The classes are those of the training split, sorted; of an evaluation
-    split without class folders the labels are unknown (-1) where training has
-    classes. Names that start with a dot are ignored, and so are loose images
+    Three layouts are understood: `root/<split>/class/...`, `root/class/...` and images directly in `root` (or
+    `root/<split>`), which then all get label 0 of the one class "all". Images in nested sub-folders belong to the class
+    above them. The classes are those of the training split, sorted; of an evaluation split without class folders the
+    labels are unknown (-1) where training has classes. Names that start with a dot are ignored, and so are loose images
     beside class folders.
 
-    Where neither split has a folder, one image in 20 (at least one) is held out
-    for evaluation: the same ones on every machine, chosen by a hash of the
-    path below `root`.
+    Where neither split has a folder, one image in 20 (at least one) is held out for evaluation: the same ones on every
+    machine, chosen by a hash of the path below `root`.
 
     Args:
       root: config.data.path.
-      split: "train" or "eval".
-      train_split: folder name of the training split.
-      eval_split: folder name of the evaluation split.
+      split: "train" or "eval"; `train_split` and `eval_split` are the names of their folders.
       hold_out: False trains on all images of a folder without splits.
-
-    Raises:
-      UserError: the folder is missing, unreadable or holds no images, only one of the two splits has a folder, or the
-        evaluation split has classes that the training split lacks.
+    Raises UserError: the folder is missing, unreadable or holds no images, only one of the two splits has a folder, or
+    the evaluation split has classes that the training split lacks.
     """
 
-    def __init__(
-        self, root: str, split: str = "train", train_split: str = "train", eval_split: str = "val", hold_out: bool = True
-    ):
+    def __init__(self, root: str, split="train", train_split="train", eval_split="val", hold_out: bool = True):
         if not os.path.isdir(root):
             raise errors.UserError(f"config.data.path: no folder {root!r}; understood layouts: {LAYOUTS}")
         folders = {"train": os.path.join(root, train_split), "eval": os.path.join(root, eval_split)}
         present = [folder for folder in folders.values() if os.path.isdir(folder)]
         if present and folders[split] not in present:
-            raise errors.UserError(
-                f"config.data.path: {root!r} has a folder {present[0]!r} but no {folders[split]!r}; "
-                f"add it, or set config.data.{split}_split"
-            )
+            lacking = f"has a folder {present[0]!r} but no {folders[split]!r}"
+            raise errors.UserError(f"config.data.path: {root!r} {lacking}; add it, or set config.data.{split}_split")
         if present:
             folder, classes = folders[split], _classes(folders["train"])
             if split == "eval":
@@ -77,58 +66,59 @@ class ImageFolder(sources.Files):
 def _classes(folder: str) -> list[str]:
     """The names of the sub-folders with images, sorted; those without are named in a line."""
     try:
-        names = sorted(entry.name for entry in os.scandir(folder) if walk.is_folder(entry) and not entry.name.startswith("."))
+        names = sorted(entry.name for entry in os.scandir(folder) if walk.is_folder(entry) and entry.name[0] != ".")
     except OSError as error:
         raise errors.UserError(f"config.data.path: cannot read {folder!r}: {files.reason(error)}") from error
     classes = [name for name in names if name not in walk.JUNK and walk.has_image(os.path.join(folder, name))]
     if classes and (empty := [name for name in names if name not in classes]):
-        walk.announce(f"{folder}: {len(empty)} folders without images are no classes: {parameters.shortened(empty, walk.SHOWN)}")
+        walk.announce(f"{folder}: {len(empty)} folders without images are no classes: {_shortened(empty)}")
     return classes
 
 
 def _compare_classes(folders: dict[str, str], train: list[str], held_out: list[str]) -> None:
-    """Raises UserError if the evaluation split has classes that the training split lacks; says which it lacks itself."""
-    extra, missing = (sorted(set(one) - set(other)) for one, other in ((held_out, train), (train, held_out)))
+    """Raises UserError if the evaluation split has classes that training lacks; says which it lacks itself."""
+    extra, missing = sorted(set(held_out) - set(train)), sorted(set(train) - set(held_out))
     if train and extra:
-        raise errors.UserError(
-            f"config.data.path: {folders['eval']!r} has classes that {folders['train']!r} lacks: "
-            f"{parameters.shortened(extra, walk.SHOWN)}; rename or remove them"
-        )
+        lacking = f"{folders['eval']!r} has classes that {folders['train']!r} lacks: {_shortened(extra)}"
+        raise errors.UserError(f"config.data.path: {lacking}; rename or remove them")
     if held_out and missing:
-        walk.announce(f"{folders['eval']}: no images of {len(missing)} classes: {parameters.shortened(missing, walk.SHOWN)}")
+        walk.announce(f"{folders['eval']}: no images of {len(missing)} classes: {_shortened(missing)}")
+
+
+def _shortened(names: list[str]) -> str:
+    return parameters.shortened(names, walk.SHOWN)
 
 
 def _look_deeper(root: str, classes: list[str], splits: tuple[str, str]) -> None:
     """Raises UserError if the two splits lie one folder deeper, or are there under other names."""
-    others = [[name for name in classes if name.lower() in usual] for usual in SPLIT_NAMES]
-    if all(others):
-        raise errors.UserError(
-            f"config.data.path: {root!r} has no {splits[0]!r} and {splits[1]!r}, but {others[0][0]!r} and {others[1][0]!r}; "
-            "set config.data.train_split and config.data.eval_split to them"
-        )
+    train, held_out = splits
+    train_like, held_out_like = ([name for name in classes if name.lower() in usual] for usual in SPLIT_NAMES)
+    if train_like and held_out_like:
+        lacking = f"{root!r} has no {train!r} and {held_out!r}, but {train_like[0]!r} and {held_out_like[0]!r}"
+        advice = "set config.data.train_split and config.data.eval_split to them"
+        raise errors.UserError(f"config.data.path: {lacking}; {advice}")
     for name in classes:
-        deeper = [os.path.isdir(os.path.join(root, name, split)) for split in splits]
+        inner = os.path.join(root, name)
+        deeper = [os.path.isdir(os.path.join(inner, split)) for split in splits]
         if all(deeper) or (len(classes) == 1 and any(deeper)):
-            raise errors.UserError(
-                f"config.data.path: {root!r} has its {splits[0]!r} and {splits[1]!r} one folder deeper; "
-                f"set it to {os.path.join(root, name)!r}"
-            )
+            where = f"{root!r} has its {train!r} and {held_out!r} one folder deeper"
+            raise errors.UserError(f"config.data.path: {where}; set it to {inner!r}")
 
 
 def _read_folder(folder: str, classes: list[str], flat_label: int, field: str = "config.data.path"):
-    """(paths, labels, sizes) of the images below the folders of `classes`; without such folders, of those in `folder`."""
+    """(paths, labels, sizes) of the images below the folders of `classes`; without such, of those in `folder`."""
     walker = walk.Walk(field)
     places = [os.path.join(folder, name) for name in classes]
-    present = [(label, place) for label, place in enumerate(places) if os.path.isdir(place)]
     walker.mark(folder)
     walker.mark_above(folder)
-    fresh = [(label, place) for label, place in present if walker.mark(place)]  # before any link to them is met
+    # All are marked before any link to them is met.
+    unmet = [label for label, place in enumerate(places) if os.path.isdir(place) and walker.mark(place)]
     paths, labels, sizes = [], [], []
-    for label, place in fresh:
-        found, found_sizes = walker.images(place)
-        paths += [os.path.join(classes[label], path) for path in found]
-        labels += [label] * len(found)
-        sizes += found_sizes
+    for label in unmet:
+        names, bytes_each = walker.images(places[label])
+        paths += [os.path.join(classes[label], name) for name in names]
+        labels += [label] * len(names)
+        sizes += bytes_each
     loose, loose_sizes = walker.images(folder, nested=False)
     if not paths:
         paths, labels, sizes = loose, [flat_label] * len(loose), loose_sizes
@@ -139,10 +129,7 @@ def _read_folder(folder: str, classes: list[str], flat_label: int, field: str = 
 
 
 def open_folder(root: str, field: str) -> sources.Files:
-    """Every image below `root`, in sorted order, all with label 0; `field`: where the user set it, for messages.
-
-    Raises UserError: no such folder, or no images in it.
-    """
+    """Every image below `root`, sorted, with label 0. Raises UserError naming `field`: no such folder, or no images."""
     walker = walk.Walk(field)
     if os.path.isdir(root):
         walker.mark_above(root)
@@ -154,11 +141,12 @@ def open_folder(root: str, field: str) -> sources.Files:
 
 
 def open_classes(root: str, classes: tuple[str, ...], field: str) -> sources.Files:
-    """Every image below the folders in `root` that are named like one of `classes`, labelled with its position there.
+    """Every image below the folders in `root` that are named like one of `classes`; its label is the position there.
 
     Raises UserError naming `field`: no such folder, or no such images.
     """
-    paths, labels, sizes = _read_folder(root, list(classes), walk.UNKNOWN, field) if os.path.isdir(root) else ([], [], [])
+    columns = _read_folder(root, list(classes), walk.UNKNOWN, field) if os.path.isdir(root) else ([], [], [])
+    paths, labels, sizes = columns
     if not paths or min(labels) < 0:
         raise errors.UserError(f"{field}: {root!r} has no folder of images named like a class of the run")
     return sources.Files(root, paths, labels, classes, sizes)
@@ -168,16 +156,13 @@ def _hold_out(paths: list[str], split: str, root: str, hold_out: bool) -> list[i
     """The positions that belong to `split`, in increasing order."""
     if not hold_out:
         if split == "eval":
-            raise errors.UserError(
-                f"config.data.hold_out=False: {root!r} has no evaluation images; add a folder for config.data.eval_split"
-            )
+            lacking = f"{root!r} has no evaluation images; add a folder for config.data.eval_split"
+            raise errors.UserError(f"config.data.hold_out=False: {lacking}")
         return list(range(len(paths)))
     if len(paths) < 2:
         raise errors.UserError(f"config.data.path: {root!r} holds one image; training and evaluation need at least two")
     order = sorted(range(len(paths)), key=lambda i: hashlib.sha1(os.fsencode(paths[i])).digest())
     held_out = max(1, len(paths) // HELD_OUT)
-    walk.announce(
-        f"{root}: no folders of splits; {held_out} of {len(paths)} images are held out for evaluation "
-        "(config.data.hold_out=False: none)"
-    )
+    count = f"{held_out} of {len(paths)} images are held out for evaluation (config.data.hold_out=False: none)"
+    walk.announce(f"{root}: no folders of splits; {count}")
     return sorted(order[-held_out:] if split == "eval" else order[:-held_out])

@@ -13,12 +13,8 @@ def open_split(config, split: str, image_size: int) -> sources.Source:
 class MetaList(sources.Files):
     """Images named in `root/meta/<split>.txt`, a line being "relative/path label".
 
-    The images lie in `root/<split>/` (as the released code has it) or in
-    `root/`, and not outside. Labels are integers and are taken as they are.
-
-    Raises:
-      UserError: no list, no images where it points, or a line that is not
-        understood, with its number.
+    The images lie in `root/<split>/` (as the released code has it) or in `root/`, and not outside. Labels are integers
+    and are taken as they are. Raises UserError: no list, no images where it points, or a line that is not understood.
     """
 
     def __init__(self, root: str, split: str = "train"):
@@ -26,7 +22,8 @@ class MetaList(sources.Files):
         try:
             lines = files.read_lines(list_file)
         except (OSError, UnicodeDecodeError) as error:
-            raise errors.UserError(f"config.data.path: cannot read the list {list_file}: {files.reason(error)}") from error
+            reason = files.reason(error)
+            raise errors.UserError(f"config.data.path: cannot read the list {list_file}: {reason}") from error
         entries = [_entry(line, f"{list_file} line {n}") for n, line in enumerate(lines, 1) if line.strip()]
         if not entries:
             raise errors.UserError(f"config.data.path: the list {list_file} is empty")
@@ -49,8 +46,8 @@ def _entry(line: str, where: str) -> tuple[str, int]:
 
 
 def _image_root(root: str, split: str, path: str, list_file: str) -> str:
-    candidates = (os.path.join(root, split), root)
-    for folder in candidates:
+    inner = os.path.join(root, split)
+    for folder in (inner, root):
         if os.path.exists(os.path.join(folder, path)):
             return folder
-    raise errors.UserError(f"{list_file} names {path!r}, found neither in {candidates[0]!r} nor in {root!r}")
+    raise errors.UserError(f"{list_file} names {path!r}, found neither in {inner!r} nor in {root!r}")

@@ -1,8 +1,7 @@
 """A generated data set: bright shapes on quiet backgrounds, with boxes and masks.
 
-Example i is drawn from (seed, i) when it is asked for: no files, no download.
-Outlines are signed distances in a frame where the shape has about radius 1
-(negative inside), which gives antialiased edges and exact masks in a few array
+Example i is drawn from (seed, i) when it is asked for: no files, no download. Outlines are signed distances in a frame
+where the shape has about radius 1 (negative inside), which gives antialiased edges and exact masks in a few array
 operations.
 """
 
@@ -14,28 +13,16 @@ import numpy as np
 from addp_jax.data import sources
 
 SEEDS, SIZES = {"train": 0, "eval": 1}, {"train": 50_000, "eval": 2_000}  # of the splits
-CLASSES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "crescent")
 
-# Name, RGB 0..255. Light colours go on dark backgrounds and the other way round.
-LIGHT = (
-    ("yellow", (255, 214, 10)),
-    ("orange", (255, 149, 40)),
-    ("lime", (150, 230, 60)),
-    ("cyan", (70, 215, 240)),
-    ("pink", (255, 135, 190)),
-)
-DARK = (
-    ("red", (215, 30, 45)),
-    ("blue", (30, 80, 210)),
-    ("green", (10, 125, 65)),
-    ("purple", (115, 40, 165)),
-    ("magenta", (190, 15, 115)),
-)
+# RGB 0..255. Light colours go on dark backgrounds and the other way round.
+LIGHT = (255, 214, 10), (255, 149, 40), (150, 230, 60), (70, 215, 240), (255, 135, 190)  # yellow orange lime cyan pink
+DARK = (215, 30, 45), (30, 80, 210), (10, 125, 65), (115, 40, 165), (190, 15, 115)  # red blue green purple magenta
 _TEXTURES = ("plain", "stripes", "dots", "checker")
 _TEXTURE_ODDS = (0.55, 0.15, 0.15, 0.15)
 
 
 def _triangle(u, v):
+    v = v - 0.25
     return np.maximum(v, np.sqrt(0.75) * np.abs(u) - 0.5 * v) - 0.58
 
 
@@ -60,26 +47,17 @@ def _heart(u, v):
     return np.minimum(side, lobe)
 
 
-def _distance(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Signed distance to the outline at (u, v); v points down."""
-    match name:
-        case "circle":
-            return np.hypot(u, v) - 0.95
-        case "square":
-            return np.maximum(np.abs(u), np.abs(v)) - 0.82
-        case "triangle":
-            return _triangle(u, v - 0.25)
-        case "star":
-            return _star(u, v)
-        case "cross":
-            return _cross(u, v)
-        case "ring":
-            return np.abs(np.hypot(u, v) - 0.74) - 0.21
-        case "heart":
-            return _heart(u, v)
-        case "crescent":
-            return np.maximum(np.hypot(u - 0.15, v) - 0.95, 0.75 - np.hypot(u - 0.6, v))
-    raise KeyError(name)
+DISTANCES = {  # (u, v) -> signed distance to the outline of a class; v points down
+    "circle": lambda u, v: np.hypot(u, v) - 0.95,
+    "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.82,
+    "triangle": _triangle,
+    "star": _star,
+    "cross": _cross,
+    "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.74) - 0.21,
+    "heart": _heart,
+    "crescent": lambda u, v: np.maximum(np.hypot(u - 0.15, v) - 0.95, 0.75 - np.hypot(u - 0.6, v)),
+}
+CLASSES = tuple(DISTANCES)
 
 
 def _texture(kind: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -112,26 +90,23 @@ def open_split(config, split: str, image_size: int) -> sources.Source:
 class Shapes(sources.Source):
     """`num_examples` pictures of one or more shapes; a random-access source.
 
-    With max_objects = 1 the shape spans 0.45-0.8 of the side and lies roughly
-    in the middle. With more, there are 1..max_objects of different sizes, the
-    smaller on top of the larger, and they may overlap in part.
+    With max_objects = 1 the shape spans 0.45-0.8 of the side and lies roughly in the middle. With more, there are
+    1..max_objects of different sizes, the smaller on top of the larger, and they may overlap in part.
 
     `source[i]` is a dict:
 
       image    uint8 [S,S,3]
       label    int32, class of the object of largest radius: i mod 8, so classes are balanced
-      boxes    float32 [max_objects,4], (y0, x0, y1, x1) in pixels around the
-               visible part, y1 and x1 exclusive; zeros where there is no object
+      boxes    float32 [max_objects,4], (y0, x0, y1, x1) in pixels around the visible part, y1 and x1 exclusive; zeros
+               where there is no object
       classes  int32 [max_objects], largest object first, -1 = no object
       masks    bool [max_objects,S,S], the visible part of each object
       index    int32
 
     Args:
-      num_examples: length.
       seed: another seed is another data set.
       image_size: side S in pixels.
-      max_objects: objects per picture, at most.
-      plain: the easiest pictures: one large upright shape of one of four colours near the middle, on dark or light grey.
+      plain: the easiest pictures: one large upright shape of one of four colours near the middle, on plain grey.
     """
 
     classes, labelled = CLASSES, True
@@ -183,7 +158,7 @@ def _arrange(rng: np.random.Generator, label: int, palette: tuple, max_objects: 
     tone = 1.0 if palette is DARK else 0.0
     objects = []
     for k, radius in enumerate(radii):
-        colour = np.array(palette[colours[k % len(palette)]][1]) / 255
+        colour = np.array(palette[colours[k % len(palette)]]) / 255
         objects.append(
             _Object(
                 label=label if k == 0 else int(rng.integers(len(CLASSES))),
@@ -242,7 +217,7 @@ def _draw(canvas: np.ndarray, masks: np.ndarray, slot: int, thing: _Object):
     y, x = y[:, None].astype(np.float32) / thing.radius, x[None, :].astype(np.float32) / thing.radius
     cos, sin = np.cos(thing.turn), np.sin(thing.turn)
     u, v = np.float32(cos) * x + np.float32(sin) * y, np.float32(cos) * y - np.float32(sin) * x
-    cover = np.clip(0.5 - _distance(CLASSES[thing.label], u, v) * (thing.radius * size), 0, 1)
+    cover = np.clip(0.5 - DISTANCES[CLASSES[thing.label]](u, v) * (thing.radius * size), 0, 1)
     paint = thing.colour
     if thing.texture != "plain":
         paint = paint + _texture(thing.texture, u, v)[:, :, None] * (thing.second - paint)

@@ -14,16 +14,13 @@ def open_split(config, split: str, image_size: int) -> sources.Source:
 
 
 class Tfds(sources.Source):
-    """A TensorFlow data set prepared as array_record; read without TensorFlow.
+    """A TensorFlow data set prepared as array_record.
 
     Args:
       name: e.g. "imagenet2012".
       split: a TFDS split, e.g. "train" or "validation[:1000]".
       data_dir: where it was prepared; "" = the TFDS default.
-
-    Raises:
-      UserError: unknown, not prepared, prepared as TFRECORD, without such a
-        split, or without images and labels.
+    Raises UserError: unknown, not prepared, prepared as TFRECORD, without such a split, or without images and labels.
     """
 
     labelled = True
