@@ -24,25 +24,25 @@ class Call:
 
 def record(function, *args) -> list[Call]:
     """The runs of whole networks in `function(*args)`, in order. What a loop runs counts once. Nothing is computed."""
-    found, inside = [], []
+    runs, inside = [], []
 
     def note(run, args, kwargs, context):
         module, method = context.module, context.method_name
         if method not in ("__call__", *PARTS) or module.scope is None or module.scope.path or inside:
             return run(*args, **kwargs)
-        before = len(found)
+        before = len(runs)
         if method in PARTS:
             inside.append(method)
         out = run(*args, **kwargs)
         if method in PARTS:
             inside.pop()
-        if len(found) == before:
-            found.append(_call(module, method, (args, kwargs)))
+        if len(runs) == before:
+            runs.append(_call(module, method, (args, kwargs)))
         return out
 
     with nn.intercept_methods(note):
         jax.eval_shape(function, *args)
-    return found
+    return runs
 
 
 def _call(module, method: str, arguments) -> Call:

@@ -22,10 +22,7 @@ def count(function, *args) -> int:
 
 
 def everything_kept(fields):
-    """`fields` of a config, nested dicts, with `remat` none: no program computes anything again for its backward pass.
-
-    The FLOPs of the program that they build are useful ones; those of the config's own, which may be more, are executed.
-    """
+    """`fields` of a config, nested dicts, with `remat` none: all FLOPs of the program that they build are useful."""
     if not isinstance(fields, dict):
         return fields
     return {name: "none" if name == "remat" else everything_kept(value) for name, value in fields.items()}
