@@ -9,17 +9,20 @@ Every module that opens, writes or names a file of the user's goes through here,
     a folder is known to be writable before the work begins                                `require_writable`
     `~` is the home folder                                                                 `expand`
     what goes to a terminal is one line without control characters                         `printable`, `reason`
+    a mistake of the user's ends a command with one line and status 2                      `exit_on_mistake`
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import pathlib
 import stat
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO
 
 from addp_jax import errors
@@ -43,6 +46,16 @@ def reason(error: BaseException) -> str:
     """The first line of what an exception says, at most 200 printable characters; of an OSError what the system says."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return printable((text.strip() or type(error).__name__).splitlines()[0], REASON_LENGTH)
+
+
+@contextlib.contextmanager
+def exit_on_mistake() -> Iterator[None]:
+    """Prints a UserError of the block as `error: ...` on stderr, and exits with status 2."""
+    try:
+        yield
+    except errors.UserError as error:
+        print("error:", printable(str(error)), file=sys.stderr)
+        sys.exit(2)
 
 
 def open_regular(path: str | os.PathLike) -> IO[bytes]:
