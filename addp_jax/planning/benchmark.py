@@ -22,6 +22,7 @@ from addp_jax import optim, partition, program, samplers, tasks
 from addp_jax.planning import calls, flops, topologies
 
 REPEATS, ENOUGH_SECONDS = 3, 20.0  # the best of so many runs, of fewer where they take long
+PER_RUN = ("seconds", "flops", "useful_flops", "calls")  # of a Row: they grow with the runs
 
 # What jax calls a device -> its entry in topologies.CHIPS. The peak of others, and of float32, is measured.
 DEVICES = {
@@ -43,13 +44,11 @@ class Row:
     calls: int = 1
 
     def __add__(self, other: Row) -> Row:
-        names = ("seconds", "flops", "useful_flops", "compile_seconds", "calls")
-        together = {name: getattr(self, name) + getattr(other, name) for name in names}
-        return dataclasses.replace(self, **together, planned_bytes=max(self.planned_bytes, other.planned_bytes))
+        sums = {name: getattr(self, name) + getattr(other, name) for name in (*PER_RUN, "compile_seconds")}
+        return dataclasses.replace(self, **sums, planned_bytes=max(self.planned_bytes, other.planned_bytes))
 
     def __mul__(self, times: int) -> Row:
-        names = ("seconds", "flops", "useful_flops", "calls")
-        return dataclasses.replace(self, **{name: getattr(self, name) * times for name in names})
+        return dataclasses.replace(self, **{name: getattr(self, name) * times for name in PER_RUN})
 
 
 def measure(part: str, function, *args, carried: bool = False) -> Row:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, Callable
 
 import flax.linen as nn
@@ -46,17 +45,17 @@ def record(function, *args) -> list[Call]:
 
 
 def _call(module, method: str, arguments) -> Call:
-    leaves, tree = jax.tree.flatten(arguments)
+    (leaves, tree), net = jax.tree.flatten(arguments), module.clone(parent=None)
+
+    def run(variables, arrays, rng):
+        rest = iter(arrays)
+        inputs = [next(rest) if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
+        args, kwargs = jax.tree.unflatten(tree, inputs)
+        return net.apply(variables, *args, method=method, rngs={"dropout": rng}, **kwargs)
+
     shapes = [_shape(leaf) for leaf in leaves if isinstance(leaf, jax.Array)]
-    run = functools.partial(_run, module.clone(parent=None), method, leaves, tree)
     return Call(f"{type(module).__name__}.{method}", run, jax.tree.map(_shape, module.variables), shapes)
 
 
 def _shape(array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
-
-
-def _run(net, method: str, leaves, tree, variables, arrays, rng):
-    arrays = iter(arrays)
-    args, kwargs = jax.tree.unflatten(tree, [next(arrays) if isinstance(leaf, jax.Array) else leaf for leaf in leaves])
-    return net.apply(variables, *args, method=method, rngs={"dropout": rng}, **kwargs)

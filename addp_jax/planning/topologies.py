@@ -78,12 +78,10 @@ def parse(text: str, slices: int = 1) -> Name:
         if len(numbers) > 1 or (count > GPUS_PER_HOST and count % GPUS_PER_HOST):
             raise errors.UserError(f"topology={text}: {kind}xN with N up to {GPUS_PER_HOST} or a multiple of it")
         return Name(kind, (max(1, count // GPUS_PER_HOST), min(count, GPUS_PER_HOST)), slices)
-    if match[2] in ":=":
-        shape = numbers
-    elif len(numbers) == 1 and count % chip.per_name == 0:
-        shape = _shape(count // chip.per_name, chip.axes)
-    else:
-        shape = ()
+    shape = numbers
+    if match[2] not in ":=":
+        chips, rest = divmod(count, chip.per_name)
+        shape = _shape(chips, chip.axes) if len(numbers) == 1 and not rest else ()
     if len(shape) != chip.axes:
         sizes = "x".join("ABC"[: chip.axes])
         advice = f"give {kind}:{sizes}, or a power of two as in {kind}-256"
