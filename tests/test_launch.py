@@ -237,7 +237,7 @@ def seen(tools) -> set[str]:
 
 
 @pytest.mark.parametrize("config, expected", [
-    ("configs/vitb_in1k.py:tiny", f"{programs.ROOT}/configs/vitb_in1k.py:tiny"), ("configs/mine.py", "configs/mine.py"),
+    ("configs/in1k.py:b,tiny", f"{programs.ROOT}/configs/in1k.py:b,tiny"), ("configs/mine.py", "configs/mine.py"),
     ("configs/mine.py:tiny", "configs/mine.py:tiny"), ("configs/vitbb.py", "configs/vitbb.py"), ("/tmp/x.py:a", "/tmp/x.py:a"),
 ])  # fmt: skip
 def test_local_means_the_callers_folder_by_relative_paths(config, expected, tools, elsewhere):

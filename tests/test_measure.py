@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from addp_jax.data import features
 from addp_jax.measuring import measure
 from addp_jax.models import convnet
 from addp_jax.weights import checkpoint, feature_nets
@@ -118,7 +117,7 @@ def colours(params, image):
 
 def test_adm_uses_the_given_moments(tmp_path, capsys, monkeypatch):
     """With a reference .npz of ADM's form, FID and sFID are against its moments, not against its images."""
-    monkeypatch.setattr(features, "load", lambda *a: feature_nets.FeatureNet("inception", {}, colours, 0, a[2]))
+    monkeypatch.setattr(feature_nets, "load", lambda *a: feature_nets.FeatureNet("inception", {}, colours, 0, a[2]))
     rng = np.random.default_rng(0)
     moments = {"mu": rng.normal(size=3), "sigma": np.zeros((3, 3)), "mu_s": rng.normal(size=6), "sigma_s": np.zeros((6, 6))}
     real, samples = archive(tmp_path / "virtual.npz", arr_0=pictures(9), **moments), pictures(8, 1)

@@ -192,7 +192,7 @@ def test_the_compiler_runs_beside_another_process_that_holds_libtpu(first, tmp_p
     hold = "from jax.experimental import topologies as t; t.get_topology_desc(platform='tpu', topology_name='v5e:2x2'); print('held', flush=True); input()"
     environment = {name: value for name, value in os.environ.items() if name != "ALLOW_MULTIPLE_LIBTPU_LOAD"}
     environment |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_LOG_DIR": "disabled", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
-    describe = "from addp_jax import topologies as t; print(len(t.describe(t.parse('v5e:2x2'))))"
+    describe = "from addp_jax.planning import topologies as t; print(len(t.describe(t.parse('v5e:2x2'))))"
     with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True) as holder:
         try:
             holder.stdout.readline()  # or its end, where yet another process holds libtpu

@@ -25,7 +25,7 @@ class Config(codecs.Config):
 
     channels: int = schema.field(128, least=1, tiny=8)  # at full resolution
     multipliers: tuple[int, ...] = schema.field((1, 1, 2, 2, 4), least=1, tiny=(1, 2, 2))  # of the channels, per level
-    num_res_blocks: int = schema.field(2, least=1, tiny=1)  # per level
+    num_res_blocks: int = schema.field(2, least=0, tiny=1)  # per level
     code_width: int = schema.field(256, least=1, tiny=8)  # Z
     num_groups: int = schema.field(32, least=1, tiny=4)  # of every GroupNorm
     codebook_scale: float = schema.field(1.0, above=0, matters=schema.TRAINING)  # variance of the initial codes, times K; a larger one leaves fewer codes in use

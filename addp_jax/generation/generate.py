@@ -1,4 +1,4 @@
-"""`--mode=generate`: sample N images across the mesh, or edit the user's own; write PNGs, the ADM-style `.npz`, pictures."""
+"""`--mode=generate`: sample N images across the mesh, or edit the user's own; write PNGs, ADM's `.npz`, pictures."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ class Config:
     strips: int = schema.field(4, least=0, tiny=2)  # film strips of the denoising steps
     sweep: str = ""  # draw the first images with each of these settings of the sampler: "steps=8,20;temperature=1,6"
     images: str = ""  # folder of user images to edit; "" = from nothing. What of them is drawn anew, one of:
-    mask_ratio: float = schema.field(1.0, least=0, most=1)  # this share of the tokens; 0 = none, the tokenizer's reconstruction
+    mask_ratio: float = schema.field(1.0, least=0, most=1)  # this share of the tokens; 0 = none: reconstructions
     masks: str = ""  # what is white in the mask of the same name in this folder, or in this one file for all
-    margins: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # bands left, above, right, below; fractions of the canvas
+    margins: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # left, above, right, below; parts of the canvas
     whole: bool = False  # the bands around an image that is shrunk, not cropped, until it fits; margins beyond these
     variants: int = schema.field(1, least=1)  # results per user image
     feather: int = schema.field(0, least=0)  # pixels; above 0 the user's pixels come back, blended over so many
 
     def __post_init__(self):
         changed = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default}
-        given = changed & {"masks", "margins", "whole"}
+        regions = changed & {"masks", "margins", "whole"}
         for name in ("mask_ratio", "masks", "margins", "whole", "variants", "feather"):
             if name in changed and not self.images:
                 raise ValueError(f"{name}: needs images, a folder to start from")
-        if given and self.mask_ratio < 1:
+        if regions and self.mask_ratio < 1:
             raise ValueError("mask_ratio: what is drawn anew is already said by masks, margins or whole")
-        if self.images and not given and self.mask_ratio == 1:
+        if self.images and not regions and self.mask_ratio == 1:
             raise ValueError("images: needs what is drawn anew: mask_ratio below 1, masks, margins or whole")
-        if self.feather and not given:
+        if self.feather and not regions:
             raise ValueError("feather: needs masks, margins or whole: elsewhere no user pixels are left")
 
 
@@ -77,13 +77,14 @@ def make_draw(program, start, seed: int, frames: bool = False):
         if start.mask_ratio == 0:
             done = images.to_uint8(samplers.reconstruct(nets, image))
             return done[:, None] if frames else done
-        given = "mask" in batch
-        carry = samplers.start_with(nets, image, batch["mask"]) if given else samplers.start(nets, keys, image, start.mask_ratio)
+        if "mask" in batch:
+            carry = samplers.start_with(nets, image, batch["mask"])
+        else:
+            carry = samplers.start(nets, keys, image, start.mask_ratio)
         keep = (lambda carry: images.to_uint8(carry.image)) if frames else None
-        carry, kept = samplers.sample(
-            task.sampler, task.sampler_config, nets, keys, carry, start.mask_ratio, start.fewest, keep
-        )  # fmt: skip
-        return kept.swapaxes(0, 1) if frames else images.to_uint8(carry.image)
+        schedule = task.sampler_config, nets, keys, carry, start.mask_ratio, start.fewest
+        carry, steps = samplers.sample(task.sampler, *schedule, keep)
+        return steps.swapaxes(0, 1) if frames else images.to_uint8(carry.image)
 
     return jax.jit(partition.per_device(run, program.mesh))
 
@@ -94,18 +95,17 @@ def padded(numbers, size: int):
 
 
 def generate(program, config: Config, workdir: str) -> None:
-    """Write `<output>/images/*.png`, `samples.npz`, `grid.png`, `strip.png`, `steps.gif`, and of own images `edits.png`.
+    """Write `images/*.png`, `samples.npz`, `grid.png`, `strip.png`, `steps.gif`, and of own images `edits.png`.
 
-    Images that are there already are not drawn again. Raises UserError when all is written, if own images were unreadable.
+    What is there already is not drawn again. Raises UserError when all is written, if own images were unreadable.
     """
     output = config.output or os.path.join(workdir, "generated")
     files.require_writable(output, "config.generate.output")
     start = make_starts(program, config)
     needed, free = 3 * len(start) * program.task.image_size**2, shutil.disk_usage(output).free
     if needed > free:
-        raise errors.UserError(
-            f"config.generate.output: samples.npz takes {needed / 1e6:.0f} MB, and the disk of {output} has {free / 1e6:.0f} MB left"
-        )
+        sizes = f"samples.npz takes {needed / 1e6:.0f} MB, and the disk of {output} has {free / 1e6:.0f} MB left"
+        raise errors.UserError(f"config.generate.output: {sizes}")
     with jax.set_mesh(program.mesh), contextlib.ExitStack() as stack:
         params, frozen = program.load_for_sampling(workdir)
         settings = describe(program, config, start, params, frozen)
@@ -113,9 +113,8 @@ def generate(program, config: Config, workdir: str) -> None:
         first = jax.process_index() == 0  # it alone writes
         folder = stack.enter_context(sample_folder.SampleFolder(output, settings)) if first else None
         draw_missing(program, config, start, nets_params, folder)
-        some = any(start.readable(i) for i in range(len(start)))  # their pixels are read while drawing
-        strips = film_strips(program, config, start, nets_params) if some else None
-        if folder and some:
+        strips = film_strips(program, config, start, nets_params)
+        if folder and any(start.readable(i) for i in range(len(start))):  # their pixels are read while drawing
             collect(folder, start, program.task.image_size, strips)
     tell_skipped(start)
 
@@ -124,7 +123,8 @@ def tell_skipped(start) -> None:
     """Raises UserError naming the own images that could not be read, if there were any."""
     if start.skipped:
         names = "; ".join(f"{path} ({reason})" for path, reason in start.skipped.items())
-        raise errors.UserError(f"config.generate.images: {len(start.skipped)} of {len(start.own)} files skipped: {names}")
+        count = f"{len(start.skipped)} of {len(start.own)} files"
+        raise errors.UserError(f"config.generate.images: {count} skipped: {names}")
 
 
 def describe(program, config: Config, start, params, frozen) -> dict:
@@ -149,7 +149,7 @@ def draw_missing(program, config: Config, start, nets_params, folder) -> None:
     """
     names = [start.name(i) for i in range(len(start))]
     missing = processes.from_first(folder.missing(names) if folder else np.zeros(len(names), bool))
-    done, waiting = int((~missing).sum()), None
+    done, drawn = int((~missing).sum()), []
     progress = logs.Progress(len(names), done, unit="image", enabled=folder is not None)
     draw, size = make_draw(program, start, config.seed), partition.batch_size(config.batch_size, program.mesh)
     for first in range(0, len(names), size):
@@ -157,17 +157,16 @@ def draw_missing(program, config: Config, start, nets_params, folder) -> None:
         if not missing[numbers].any():
             continue
         batch = start.batch(padded(numbers, size))
-        wanted = [row for row, i in enumerate(numbers) if missing[i] and start.readable(i)]
-        if not wanted:
+        rows = [row for row, i in enumerate(numbers) if missing[i] and start.readable(i)]
+        if not rows:
             continue
-        images = draw(nets_params, partition.put(batch, partition.batch_sharding(program.mesh)))
-        if waiting:
-            hand_over(folder, start, *waiting)  # while the devices draw the batch after it
-        waiting = wanted, batch, images
-        done += len(wanted)
+        drawn.append((rows, batch, draw(nets_params, partition.put(batch, partition.batch_sharding(program.mesh)))))
+        if len(drawn) > 1:
+            hand_over(folder, start, *drawn.pop(0))  # while the devices draw the batch after it
+        done += len(rows)
         progress.update(done)
-    if waiting:
-        hand_over(folder, start, *waiting)
+    for batch in drawn:
+        hand_over(folder, start, *batch)
     progress.close()
 
 
@@ -183,8 +182,8 @@ def hand_over(folder, start, rows, batch, images) -> None:
 
 
 def film_strips(program, config: Config, start, nets_params):
-    """For the first `strips` images, uint8 [n,?,H,W,3]: the own image and what is hidden of it, if any, and the image after
-    each step, at most GIF_FRAMES of them. None when no strips are wanted."""
+    """For the first `strips` images, uint8 [n,?,H,W,3]: the own image and what is hidden of it, if any, and the image
+    after each step, at most GIF_FRAMES of them. None when no strips are wanted."""
     numbers = [i for i in range(len(start)) if start.readable(i)][: config.strips]
     if not numbers:
         return None
@@ -192,9 +191,8 @@ def film_strips(program, config: Config, start, nets_params):
     draw = make_draw(program, start, config.seed, frames=True)
     frames = partition.whole(draw(nets_params, partition.put(batch, partition.batch_sharding(program.mesh))))
     frames = frames[:, spread(frames.shape[1], GIF_FRAMES)]
-    return np.stack([
-        np.stack([*start.before(batch, row), *start.finished(i, frames[row], batch, row)]) for row, i in enumerate(numbers)
-    ])  # fmt: skip
+    finished = [start.finished(i, frames[row], batch, row) for row, i in enumerate(numbers)]
+    return np.stack([np.stack([*start.before(batch, row), *strip]) for row, strip in enumerate(finished)])
 
 
 def spread(count: int, most: int):
@@ -205,32 +203,28 @@ def spread(count: int, most: int):
 def collect(folder, start, size: int, strips) -> None:
     """The pictures, and `samples.npz`, from the images in the folder."""
     folder.wait()
-    names = {i: start.name(i) for i in range(len(start)) if start.readable(i)}
+    names = [start.name(i) for i in range(len(start)) if start.readable(i)]
     columns = min(8, math.ceil(math.sqrt(len(names))))
-    shown = np.stack(list(folder.read(list(names.values())[: columns**2])))
-    drawn = {"grid": pictures.grid(shown, columns)}
+    sheets = {"grid": pictures.grid(np.stack(list(folder.read(names[: columns**2]))), columns)}
     if strips is not None:
         frames = strips[:, spread(strips.shape[1], STRIP_COLUMNS)]
-        drawn["strip"] = pictures.grid(frames.reshape(-1, *frames.shape[2:]), frames.shape[1])
+        sheets["strip"] = pictures.grid(frames.reshape(-1, *frames.shape[2:]), frames.shape[1])
     if isinstance(start, starts.FromImages):
-        drawn["edits"] = edits(folder, start)
-    for path in pictures.save_pictures(folder.path, drawn):
-        print(path)
+        sheets["edits"] = edits(folder, start)
+    print(*pictures.save_pictures(folder.path, sheets), sep="\n")
     if strips is not None:
         squares = math.ceil(math.sqrt(len(strips)))
         frames = np.stack([pictures.grid(frame, squares) for frame in strips.swapaxes(0, 1)])
         print(pictures.save_gif(folder.path / "steps.gif", frames))
-    print(folder.write_npz(list(names.values()), (size, size, 3)))
+    print(folder.write_npz(names, (size, size, 3)))
 
 
 def edits(folder, start):
     """A row for each of the first own images: as it was, what was hidden of it, its results."""
-    files, variants = EDITS
-    chosen = [i for i in range(len(start.own)) if start.readable(i)][:files]
-    results = range(min(variants, len(start) // len(start.own)))
-    batch = start.batch(chosen)
-    rows = [
-        [*start.before(batch, row), *folder.read([start.name(i + variant * len(start.own)) for variant in results])]
-        for row, i in enumerate(chosen)
-    ]
-    return pictures.grid(np.stack([picture for row in rows for picture in row]), len(rows[0]))
+    most, variants = EDITS
+    numbers = [i for i in range(len(start.own)) if start.readable(i)][:most]
+    batch, shown = start.batch(numbers), []
+    for row, i in enumerate(numbers):
+        results = [start.name(k) for k in range(i, len(start), len(start.own))][:variants]
+        shown += [*start.before(batch, row), *folder.read(results)]
+    return pictures.grid(np.stack(shown), len(shown) // len(numbers))

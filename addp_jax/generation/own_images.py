@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 import hashlib
 import os
@@ -13,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from addp_jax import errors, files, parameters
-from addp_jax.data import transforms
+from addp_jax.data import sources, transforms
 from addp_jax.data.sources import image_folder
 
 WHITE = 128  # a mask's pixel at least this bright is drawn anew
@@ -31,8 +30,8 @@ class Box(NamedTuple):
 class OwnImages:
     """The images of a folder on canvases [S,S].
 
-    Every image is resized, and cropped in the middle, to fill the part of the canvas that the margins leave; with `whole`
-    it is shrunk until it fits there, uncropped. Outside of it the canvas repeats the image's border, and is drawn anew.
+    Every image is resized, and cropped in the middle, to fill the part of the canvas that the margins leave; with
+    `whole` it is shrunk until it fits there, uncropped. Outside of it the canvas repeats its border and is drawn anew.
 
     Args:
       folder: config.generate.images.
@@ -50,10 +49,12 @@ class OwnImages:
         self.files = image_folder.open_folder(folder, "config.generate.images")
         self.size, self.masks, self.whole, self.skipped = size, masks, whole, {}
         self.inner = inner_box(margins, size)
-        self.shapes = [self._shape(i) for i in range(len(self.files))]  # (height, width); None: unreadable
+        self.placed = functools.partial(placed, room=self.inner, whole=whole)  # (height, width) -> Box
+        self.shapes = [self._read(i, transforms.image_size) for i in range(len(self))]  # None: unreadable
         if not any(self.shapes):
+            problem = f"none of the {len(self)} files in {folder!r} is an image"
             reasons = parameters.shortened(list(self.skipped.values()), 3)
-            raise errors.UserError(f"config.generate.images: none of the {len(self)} files in {folder!r} is an image: {reasons}")
+            raise errors.UserError(f"config.generate.images: {problem}: {reasons}")
         self._mask_paths = self._find_masks()
 
     def __len__(self) -> int:
@@ -62,33 +63,25 @@ class OwnImages:
     def name(self, i: int) -> str:
         return pathlib.Path(self.files.path(i)).stem
 
-    def _shape(self, i: int):
-        """From the header alone."""
+    def _read(self, i: int, read):
+        """`read(path)`, or None for a file that cannot be read, which is then in `skipped`."""
         path = self.files.path(i)
         try:
-            return transforms.image_size(path)
-        except errors.Unreadable as error:
-            self._skip(path, str(error))
-            return None
-
-    def _skip(self, path: str, reason: str) -> None:
-        self.skipped[path] = " ".join(reason.split())
+            return None if path in self.skipped else read(path)
+        except errors.UserError as error:
+            self.skipped[path] = " ".join(str(error).split())
 
     def summary(self) -> str:
         """One line: how many images there are, and what had to be done to them."""
-        boxes = {i: self.placed(shape) for i, shape in enumerate(self.shapes) if shape}
+        boxes = [(shape, self.placed(shape)) for shape in self.shapes if shape]
+        outside = "with bands beside it" if self.whole else "cropped in the middle"
         changes = {
-            f"resized to {self.size} pixels": sum(self.shapes[i] != box[2:] for i, box in boxes.items()),
-            "cropped in the middle": sum(box != self.inner for box in boxes.values()) if not self.whole else 0,
-            "with bands beside it": sum(box != self.inner for box in boxes.values()) if self.whole else 0,
+            f"resized to {self.size} pixels": sum(shape != box[2:] for shape, box in boxes),
+            outside: sum(box != self.inner for _, box in boxes),
             "unreadable": len(self.skipped),
         }
-        told = [f"{count} {change}" for change, count in changes.items() if count]
-        return f"{self.files.root}: {len(self)} images" + ("; " + ", ".join(told) if told else "")
-
-    def placed(self, shape) -> Box:
-        """Where an image of (height, width) lies once resized; beyond the canvas where it will be cropped."""
-        return placed(shape, self.inner, self.whole)
+        counts = ", ".join(f"{count} {change}" for change, count in changes.items() if count)
+        return f"{self.files.root}: {len(self)} images" + f"; {counts}" * bool(counts)
 
     def fingerprint(self) -> str:
         """Changes with the images and the masks."""
@@ -99,16 +92,8 @@ class OwnImages:
 
     def image(self, i: int):
         """uint8 [S,S,3], or None for a file that cannot be read, which is then in `skipped`."""
-        path = self.files.path(i)
-        if path in self.skipped:
-            return None
-        try:
-            image = transforms.decode(self.files[i]["image"], path)
-        except errors.UserError as error:
-            self._skip(path, str(error))
-            return None
-        resized, box = fitted(Image.fromarray(image), self.placed(image.shape[:2]), self.inner, Image.Resampling.BICUBIC)
-        return on_canvas(resized, box, self.inner, self.size)
+        image = self._read(i, lambda path: transforms.decode(self.files[i]["image"], path))
+        return None if image is None else fill(image, self.placed(image.shape[:2]), self.inner, self.size)
 
     def redrawn(self, i: int) -> np.ndarray:
         """bool [S,S]: the pixels to draw anew; those outside the image, and those under its mask."""
@@ -119,40 +104,38 @@ class OwnImages:
         if not self.masks:
             return [None] * len(self)
         if pathlib.Path(self.files.root).resolve() in pathlib.Path(self.masks).resolve().parents:
-            root = self.files.root
-            raise errors.UserError(f"config.generate.masks: {self.masks!r} lies among the images; move it out of {root!r}")
+            advice = f"lies among the images; move it out of {self.files.root!r}"
+            raise errors.UserError(f"config.generate.masks: {self.masks!r} {advice}")
         if not os.path.isdir(self.masks):
             return [self.masks] * len(self)
-        masks, found = image_folder.open_folder(self.masks, "config.generate.masks"), {}
-        for path in (masks.path(i) for i in range(len(masks))):
-            place = os.path.splitext(os.path.relpath(path, masks.root))[0]
-            if place in found:
-                raise errors.UserError(f"config.generate.masks: {found[place]} and {path} are for the same image; remove one")
-            found[place] = path
-        return [self._mask_of(i, found) if shape else None for i, shape in enumerate(self.shapes)]
+        folder, masks, owners = image_folder.open_folder(self.masks, "config.generate.masks"), {}, {}
+        for i in range(len(folder)):
+            path = masks.setdefault(place(folder, i), folder.path(i))
+            if path != folder.path(i):
+                advice = f"{path} and {folder.path(i)} are for the same image; remove one"
+                raise errors.UserError(f"config.generate.masks: {advice}")
+        return [self._mask_of(i, masks, owners) if shape else None for i, shape in enumerate(self.shapes)]
 
-    def _mask_of(self, i: int, found: dict[str, str]) -> str:
-        """The mask at the image's own place below the folder of masks, or else the one of its name; no other image's."""
-        place = lambda k: os.path.splitext(os.path.relpath(self.files.path(k), self.files.root))[0]
-        own, key = self.files.path(i), place if place(i) in found else self.name
-        if key(i) not in found:
-            raise errors.UserError(f"config.generate.masks: {self.masks!r} has no mask named {place(i)!r} for {own}")
-        others = [self.files.path(k) for k in self._namesakes[self.name(i)] if k != i and key(k) == key(i)]
-        if others:
+    def _mask_of(self, i: int, masks: dict[str, str], owners: dict[str, str]) -> str:
+        """The mask at the image's own place below the folder of masks, or else the one of its name; no other image's.
+
+        owners: the image that each mask was given to before.
+        """
+        path, key = self.files.path(i), place(self.files, i)
+        if key not in masks and self.name(i) not in masks:
+            raise errors.UserError(f"config.generate.masks: {self.masks!r} has no mask named {key!r} for {path}")
+        key = key if key in masks else self.name(i)
+        if owners.setdefault(key, path) != path:
             raise errors.UserError(
-                f"config.generate.masks: {found[key(i)]} could belong to {own} and to {others[0]}; give each a mask of its own, "
-                "named by its place below the folder of images"
+                f"config.generate.masks: {masks[key]} could belong to {owners[key]} and to {path}; give each a mask of "
+                "its own, named by its place below the folder of images"
             )
-        return found[key(i)]
+        return masks[key]
 
-    @functools.cached_property
-    def _namesakes(self) -> dict[str, list[int]]:
-        """The readable images of each name."""
-        found = collections.defaultdict(list)
-        for i, shape in enumerate(self.shapes):
-            if shape:
-                found[self.name(i)].append(i)
-        return found
+
+def place(folder: sources.Files, i: int) -> str:
+    """Where a file lies below its folder, without its ending."""
+    return os.path.splitext(os.path.relpath(folder.path(i), folder.root))[0]
 
 
 def inner_box(margins, size: int) -> Box:
@@ -160,34 +143,36 @@ def inner_box(margins, size: int) -> Box:
     left, top, right, bottom = (round(size * margin) for margin in margins)
     box = Box(top, left, size - top - bottom, size - left - right)
     if min(margins) < 0 or min(box[2:]) < 1:
-        raise errors.UserError(
-            f"config.generate.margins: {tuple(margins)} leaves no room for an image; use fractions of the canvas from 0, "
-            "left + right and top + bottom below 1"
-        )
+        advice = "use fractions of the canvas from 0, left + right and top + bottom below 1"
+        raise errors.UserError(f"config.generate.margins: {tuple(margins)} leaves no room for an image; {advice}")
     return box
 
 
 def placed(shape, room: Box, whole: bool) -> Box:
-    """See `OwnImages.placed`."""
-    height, width = shape
-    choose = min if whole else max
-    scale = choose(room.height / height, room.width / width)
-    height, width = max(1, round(height * scale)), max(1, round(width * scale))
+    """Where an image of (height, width) lies once resized; beyond the room where it will be cropped."""
+    scales = [extent / length for extent, length in zip(room[2:], shape)]
+    scale = min(scales) if whole else max(scales)
+    height, width = (max(1, round(length * scale)) for length in shape)
     return Box(room.top + (room.height - height) // 2, room.left + (room.width - width) // 2, height, width)
 
 
 def fitted(picture: Image.Image, box: Box, inner: Box, filter) -> tuple[np.ndarray, Box]:
-    """`picture` resized to its box, [H,W,...], and the box. Of one that would have more than MAX_STRIP pixels only what lies
-    in `inner` is resized, which may differ from a cut of the whole by what Pillow rounds between its two passes."""
-    kept = box
-    if box.height * box.width > transforms.MAX_STRIP:
-        top, left = max(box.top, inner.top), max(box.left, inner.left)
-        bottom, right = (min(start + extent for start, extent in (box[k::2], inner[k::2])) for k in (0, 1))
-        kept = Box(top, left, bottom - top, right - left)
+    """`picture` resized to its box, [H,W,...], and the box.
+
+    Of one that would have more than MAX_STRIP pixels only what lies in `inner` is resized, which may differ from a cut
+    of the whole by what Pillow rounds between its two passes.
+    """
+    kept = overlap(box, inner) if box.height * box.width > transforms.MAX_STRIP else box
     across, down = picture.width / box.width, picture.height / box.height
     left, top = (kept.left - box.left) * across, (kept.top - box.top) * down
     region = left, top, min(left + kept.width * across, picture.width), min(top + kept.height * down, picture.height)
     return np.asarray(picture.resize((kept.width, kept.height), filter, region)), kept
+
+
+def overlap(*boxes: Box) -> Box:
+    top, left = (max(box[k] for box in boxes) for k in (0, 1))
+    bottom, right = (min(box[k] + box[k + 2] for box in boxes) for k in (0, 1))
+    return Box(top, left, bottom - top, right - left)
 
 
 def on_canvas(image: np.ndarray, box: Box, inner: Box, size: int) -> np.ndarray:
@@ -202,20 +187,20 @@ def on_canvas(image: np.ndarray, box: Box, inner: Box, size: int) -> np.ndarray:
 @functools.lru_cache(maxsize=64)  # one mask serves many images
 def redrawn(shape, box: Box, inner: Box, size: int, mask_path) -> np.ndarray:
     """bool [S,S]; see `OwnImages.redrawn`. A pixel is drawn anew if any that is shrunk into it is white."""
-    top, left = max(box.top, inner.top), max(box.left, inner.left)
-    bottom, right = (min(start + extent for start, extent in (box[k::2], inner[k::2])) for k in (0, 1))
+    top, left, height, width = overlap(box, inner)
     outside = np.ones((size, size), bool)
-    outside[top:bottom, left:right] = False
+    outside[top : top + height, left : left + width] = False
     if mask_path is None:
         return outside
     white = read_mask(mask_path)
     if white.shape == shape:
         return outside | (moved(white, box, inner, size) & ~outside)
     if white.shape[0] == white.shape[1]:
-        return outside | shrunk(white, size, size)
+        canvas = Box(0, 0, size, size)
+        return outside | moved(white, canvas, canvas, size)
     raise errors.UserError(
-        f"config.generate.masks: {mask_path} has {white.shape[1]}x{white.shape[0]} pixels, its image {shape[1]}x{shape[0]}; "
-        "give a mask of the same size, or a square one for the canvas"
+        f"config.generate.masks: {mask_path} has {white.shape[1]}x{white.shape[0]} pixels, its image "
+        f"{shape[1]}x{shape[0]}; give a mask of the same size, or a square one for the canvas"
     )
 
 
@@ -225,12 +210,17 @@ def moved(white: np.ndarray, box: Box, inner: Box, size: int) -> np.ndarray:
     return on_canvas(share > 0, kept, inner, size)
 
 
+def fill(image: np.ndarray, box: Box, inner: Box, size: int) -> np.ndarray:
+    """`image` uint8 [H,W,3] on the canvas: uint8 [S,S,3]."""
+    resized, box = fitted(Image.fromarray(image), box, inner, Image.Resampling.BICUBIC)
+    return on_canvas(resized, box, inner, size)
+
+
 def fit(image: np.ndarray, white: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """`image` uint8 [H,W,3] and its mask bool [H,W] on a canvas that they fill: (uint8 [S,S,3], bool [S,S])."""
-    inner = Box(0, 0, size, size)
-    box = placed(image.shape[:2], inner, whole=False)
-    resized, kept = fitted(Image.fromarray(image), box, inner, Image.Resampling.BICUBIC)
-    return on_canvas(resized, kept, inner, size), moved(white, box, inner, size)
+    canvas = Box(0, 0, size, size)
+    box = placed(image.shape[:2], canvas, whole=False)
+    return fill(image, box, canvas, size), moved(white, box, canvas, size)
 
 
 def read_mask(path: str) -> np.ndarray:
@@ -238,16 +228,17 @@ def read_mask(path: str) -> np.ndarray:
 
     Raises UserError naming the file if it is no image or has nothing to draw anew.
     """
+    field = "config.generate.masks"
     try:
         with files.open_regular(path) as file:
-            picture = transforms.grey8(transforms.open_image(file, path))
+            white = painted(transforms.grey8(transforms.open_image(file, path)))
     except OSError as error:
-        raise errors.UserError(f"config.generate.masks: cannot read {path!r}: {files.reason(error)}") from error
+        raise errors.UserError(f"{field}: cannot read {path!r}: {files.reason(error)}") from error
     except errors.Unreadable as error:
-        raise errors.UserError(f"config.generate.masks: {error}") from error
-    white = painted(picture)
+        raise errors.UserError(f"{field}: {error}") from error
     if not white.any():
-        raise errors.UserError(f"config.generate.masks: {path} is black all over, or transparent; paint white what is to be drawn anew")
+        advice = "paint white what is to be drawn anew"
+        raise errors.UserError(f"{field}: {path} is black all over, or transparent; {advice}")
     return white
 
 
@@ -257,11 +248,6 @@ def painted(picture: Image.Image) -> np.ndarray:
         return np.asarray(picture.convert("L")) >= WHITE
     grey, alpha = picture.convert("RGBA").convert("LA").split()
     return np.minimum(np.asarray(grey), np.asarray(alpha)) >= WHITE
-
-
-def shrunk(white: np.ndarray, height: int, width: int) -> np.ndarray:
-    share = Image.fromarray(white.astype(np.float32)).resize((width, height), Image.Resampling.BOX)
-    return np.asarray(share) > 0
 
 
 def to_tokens(redrawn: np.ndarray, grid: int) -> np.ndarray:

@@ -4,8 +4,7 @@
     <folder>/images/<name>.png  each appears by one rename, encoded on a thread beside the computation
     <folder>/samples.npz        `arr_0` uint8 [N,H,W,3], as ADM's evaluation reads it
 
-What lies there is believed to be an image only if it is a regular file, a PNG by its content, in colour and whole; anything
-else counts as missing and is drawn anew.
+Only a regular file, a PNG by its content, in colour and whole counts as an image; anything else is drawn anew.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ READ_AT_ONCE = 64  # images read back, decoded, at a time
 
 
 class SampleFolder:
-    """Close it, or use it in a `with` block: images are on disk only then. Every write raises UserError on a full disk."""
+    """Use it in a `with` block: at its end all images are on disk. Every write raises UserError on a full disk."""
 
     def __init__(self, path: str, settings: dict):
         """Raises UserError if the folder holds images of other settings, or cannot be written to."""
@@ -51,21 +50,21 @@ class SampleFolder:
             files.replace(file, lambda out: out.write(json.dumps(settings, indent=1).encode()))
             return
         try:
-            found = files.read_json(file)
+            before = files.read_json(file)
         except ValueError as error:
             raise errors.UserError(f"{file} cannot be read: {advice}") from error
-        found = found if isinstance(found, dict) else {}
-        pairs = {name: (found.get(name), settings.get(name)) for name in found | settings}
-        differ = [f"{name} {before}, now {now}" for name, (before, now) in pairs.items() if before != now]
-        if differ:
-            raise errors.UserError(f"{self.path} holds images made with other settings ({'; '.join(differ)}): {advice}")
+        before = before if isinstance(before, dict) else {}
+        changed = [name for name in before | settings if before.get(name) != settings.get(name)]
+        if changed:
+            changes = "; ".join(f"{name} {before.get(name)}, now {settings.get(name)}" for name in changed)
+            raise errors.UserError(f"{self.path} holds images made with other settings ({changes}): {advice}")
 
     def file(self, name: str) -> pathlib.Path:
         return self._images / f"{name}.png"
 
     def missing(self, names: Sequence[str]) -> np.ndarray:
         """bool [N]: no such image, or a damaged one."""
-        return np.array([not intact for intact in self._threads.map(lambda name: is_intact(self.file(name)), names)], bool)
+        return ~np.array(list(self._threads.map(is_intact, map(self.file, names))), bool)
 
     def write(self, name: str, make) -> None:
         """Have a thread write what `make()` returns, uint8 [H,W,3]."""
@@ -88,7 +87,7 @@ class SampleFolder:
 
     def write_npz(self, names: Sequence[str], shape) -> pathlib.Path:
         """`samples.npz` from the written images, each of `shape` (H,W,3), never in memory together."""
-        header = {"descr": "|u1", "fortran_order": False, "shape": (len(names), *shape)}
+        path, header = self.path / "samples.npz", dict(descr="|u1", fortran_order=False, shape=(len(names), *shape))
 
         def stream(out):
             with zipfile.ZipFile(out, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as array:
@@ -97,10 +96,10 @@ class SampleFolder:
                     array.write(image.tobytes())
 
         try:
-            files.replace(self.path / "samples.npz", stream)
+            files.replace(path, stream)
         except OSError as error:
             raise self._problem(error) from error
-        return self.path / "samples.npz"
+        return path
 
     def _problem(self, error: OSError) -> errors.UserError:
         return errors.UserError(f"config.generate.output: cannot write to {self.path}: {error.strerror or error}")

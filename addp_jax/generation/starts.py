@@ -52,17 +52,15 @@ class FromImages:
 
     def __init__(self, config, size: int, grid: int):
         self.own = own_images.OwnImages(config.images, size, config.masks, config.margins, config.whole)
+        self.skipped = self.own.skipped
         self.config, self.grid, self.mask_ratio, self.fewest = config, grid, config.mask_ratio, None
         if config.mask_ratio == 1:  # what is drawn anew is given
             unknown = [int(self.mask(i).sum()) for i, shape in enumerate(self.own.shapes) if shape]
             self.fewest = min(unknown)
             if not max(unknown):
-                raise errors.UserError("config.generate.images: none of them has a part to be drawn anew; set masks or margins")
+                advice = "none of them has a part to be drawn anew; set masks or margins"
+                raise errors.UserError(f"config.generate.images: {advice}")
         print(self.own.summary())
-
-    @property
-    def skipped(self) -> dict:
-        return self.own.skipped
 
     def __len__(self) -> int:
         return len(self.own) * self.config.variants
@@ -72,7 +70,7 @@ class FromImages:
         return name if len(os.fsencode(name)) <= LONGEST_NAME else f"{i:06d}"
 
     def readable(self, i: int) -> bool:
-        return self.own.files.path(i % len(self.own)) not in self.own.skipped
+        return self.own.files.path(i % len(self.own)) not in self.skipped
 
     def settings(self) -> dict:
         names = ("mask_ratio", "margins", "whole", "feather")
@@ -83,12 +81,13 @@ class FromImages:
 
     def batch(self, numbers) -> dict:
         files = [int(i) % len(self.own) for i in numbers]
-        read = {i: self.own.image(i) for i in dict.fromkeys(files)}
+        images = {i: self.own.image(i) for i in dict.fromkeys(files)}
         nothing = np.zeros((self.own.size, self.own.size, 3), np.uint8)
         batch = {"number": np.asarray(numbers, np.int32)}
-        batch["image"] = np.stack([nothing if read[i] is None else read[i] for i in files])
+        batch["image"] = np.stack([nothing if images[i] is None else images[i] for i in files])
         if self.fewest is not None:
-            batch["mask"] = np.stack([np.ones(self.grid**2, bool) if read[i] is None else self.mask(i) for i in files])
+            unknown = np.ones(self.grid**2, bool)
+            batch["mask"] = np.stack([unknown if images[i] is None else self.mask(i) for i in files])
         return batch
 
     def finished(self, i: int, drawn, batch, row: int):

@@ -1,4 +1,4 @@
-"""`--mode=generate` with `config.generate.sweep`: the same images drawn with several settings of the sampler, side by side.
+"""`--mode=generate` with `config.generate.sweep`: the same images drawn with several settings of the sampler.
 
     config.generate.sweep = "steps=8,20,50;temperature=1,6"
 
@@ -22,7 +22,6 @@ from addp_jax.generation import generate
 from addp_jax.training import evaluate
 
 COLUMNS = 8  # images drawn with each setting
-FIELD = "config.generate.sweep"
 
 
 def settings(text: str) -> list[dict]:
@@ -31,7 +30,8 @@ def settings(text: str) -> list[dict]:
     for part in text.split(";"):
         name, equals, values = (piece.strip() for piece in part.partition("="))
         if not (name and equals and values) or name in fields:
-            raise errors.UserError(f'{FIELD}: {part.strip()!r} is not understood; write "steps=8,20;temperature=1,6"')
+            advice = f'{part.strip()!r} is not understood; write "steps=8,20;temperature=1,6"'
+            raise errors.UserError(f"config.generate.sweep: {advice}")
         fields[name] = [literal(value.strip()) for value in values.split(",")]
     return [dict(zip(fields, values)) for values in itertools.product(*fields.values())]
 
@@ -53,9 +53,9 @@ def with_sampler(program, changes: dict):
 
 
 def sweep(program, config: generate.Config, workdir: str) -> None:
-    """Write `sweep.png`, a row of images for each setting with its name (and how far its samples are from real images,
-    where `config.evaluate.features` is set), and `sweep.jsonl`, a line for each setting.
+    """Write `sweep.png`, a row of images for each setting, and `sweep.jsonl`, a line for each.
 
+    Where `config.evaluate.features` is set, both say how far the samples of the setting are from real images.
     Raises UserError when all is written, if own images among the first ones were unreadable.
     """
     combinations = settings(config.sweep)
@@ -63,8 +63,7 @@ def sweep(program, config: generate.Config, workdir: str) -> None:
     files.require_writable(output, "config.generate.output")
     start = generate.make_starts(program, config)
     programs = [with_sampler(program, changes) for changes in combinations]
-    first = jax.process_index() == 0  # it alone writes
-    rows, lines = [], []
+    rows, lines, first = [], [], jax.process_index() == 0  # it alone writes
     progress = logs.Progress(len(programs), 0, unit="setting", enabled=first)
     with jax.set_mesh(program.mesh):
         nets_params = [program.place(networks) for networks in program.load_for_sampling(workdir)]
@@ -77,13 +76,14 @@ def sweep(program, config: generate.Config, workdir: str) -> None:
         for changes, changed in zip(combinations, programs):
             images = partition.whole(generate.make_draw(changed, start, config.seed)(nets_params, batch))
             measures, _ = evaluate.distances(changed, *nets_params)
-            rows.append((caption(changes, measures), pictures.grid(images[shown], COLUMNS)))
+            caption = [f"{name} {value}" for name, value in changes.items()]
+            caption += [f"{name} {value:.2f}" for name, value in list(measures.items())[:1]]  # the Frechet distance
+            rows.append((", ".join(caption), pictures.grid(images[shown], COLUMNS)))
             lines.append(json.dumps(changes | measures) + "\n")
             progress.update(len(rows))
     progress.close()
     if first:
-        for path in pictures.save_pictures(output, {"sweep": pictures.captioned(rows)}):
-            print(path)
+        print(*pictures.save_pictures(output, {"sweep": pictures.captioned(rows)}), sep="\n")
         path = output / "sweep.jsonl"
         try:
             files.write_text(path, "".join(lines))
@@ -91,9 +91,3 @@ def sweep(program, config: generate.Config, workdir: str) -> None:
             raise errors.UserError(f"config.generate.output: cannot write {path}: {files.reason(error)}") from error
         print(path)
     generate.tell_skipped(start)
-
-
-def caption(changes: dict, measures: dict) -> str:
-    """The settings, and the first measure, which is the Frechet distance."""
-    told = [f"{name} {value}" for name, value in changes.items()]
-    return ", ".join(told + [f"{name} {value:.2f}" for name, value in list(measures.items())[:1]])

@@ -36,22 +36,18 @@ class ImageSet:
     def __init__(self, path: str, limit: int, flag: str):
         self.path, self.flag = path, flag
         self._files = None if path.endswith(".npz") else image_folder.open_folder(path, flag)
-        if self._files is None:
-            (available, *self.size, _), _ = read_header(path, flag)
-        else:
-            available, self.size = len(self._files), self._decode(0).shape[:2]
-        self.size = tuple(self.size)
-        if limit > available:
-            raise errors.UserError(f"{flag}={path}: holds {available} images, fewer than the {limit} asked for")
-        self.of = available
-        self._chosen = part.spread(available, limit) if limit else np.arange(available)
+        shape = read_header(path, flag)[0] if self._files is None else (len(self._files), *self._decode(0).shape)
+        self.of, self.size = shape[0], shape[1:3]
+        if limit > self.of:
+            raise errors.UserError(f"{flag}={path}: holds {self.of} images, fewer than the {limit} asked for")
+        self._chosen = part.spread(self.of, limit) if limit else np.arange(self.of)
 
     def __len__(self) -> int:
         return len(self._chosen)
 
     @functools.cached_property
     def content_hash(self) -> str:
-        """16 hex digits from the bytes of the files, in order, whatever their names; of a part of an .npz also from which."""
+        """16 hex digits of the files' bytes, in order, whatever their names; of a part of an .npz of its places too."""
         digest = hashlib.blake2b(digest_size=8)
         if self._files is None and len(self) < self.of:
             digest.update(self._chosen.astype("<i8").tobytes())
@@ -77,10 +73,10 @@ class ImageSet:
     def _checked(self, i: int) -> np.ndarray:
         image = self._decode(i)
         if image.shape[:2] != self.size:
-            height, width = self.size
+            own, first = (f"{width}x{height}" for height, width in (image.shape[:2], self.size))
             raise errors.UserError(
-                f"{self._files.path(i)} has {image.shape[1]}x{image.shape[0]} pixels, the first image of {self.flag} "
-                f"{width}x{height}; all must have one size: {PREPARE}"
+                f"{self._files.path(i)} has {own} pixels, the first image of {self.flag} {first}; "
+                f"all must have one size: {PREPARE}"
             )
         return image
 
@@ -91,65 +87,65 @@ class ImageSet:
             for first in range(0, len(self), batch_size):
                 chosen = self._chosen[first : first + batch_size]
                 start = self._chosen[first - 1] + 1 if first else 0
-                wanted = (chosen[-1] + 1 - start) * image_bytes
+                size = (chosen[-1] + 1 - start) * image_bytes
                 try:  # zipfile compares the checksum once all is read
                     file.read(0 if first else skip)
-                    data = file.read(wanted)
+                    data = file.read(size)
                     if chosen[-1] + 1 == self.of:
                         file.read()
                 except Exception as error:  # a damaged archive makes zipfile and zlib raise nearly anything
                     raise errors.UserError(f"{self.flag}={self.path}: {reason(error)}; make it again") from error
-                if len(data) < wanted:
-                    raise errors.UserError(f"{self.flag}={self.path}: {ARRAY} ends before image {chosen[-1]}; make it again")
+                if len(data) < size:
+                    advice = f"{ARRAY} ends before image {chosen[-1]}; make it again"
+                    raise errors.UserError(f"{self.flag}={self.path}: {advice}")
                 yield np.frombuffer(data, np.uint8).reshape(-1, *shape[1:])[chosen - start]
 
 
 def read_header(path: str, flag: str) -> tuple[tuple[int, ...], int]:
-    """Shape [N,H,W,3] of the images in an .npz, and the bytes before them. Raises UserError if there are none.
-
-    The shape is believed only if the file holds as many bytes: nothing larger than the file is ever made of it.
-    """
+    """Shape [N,H,W,3] of the images in an .npz, and the bytes before them. Raises UserError if there are none."""
     try:
-        with files.open_regular(path) as raw, zipfile.ZipFile(raw) as archive, archive.open(ARRAY) as file:
-            shape, fortran, dtype = array_header(file)
-            skip, size = file.tell(), archive.getinfo(ARRAY).file_size
-            compressed = archive.getinfo(ARRAY).compress_size
-    # What is no npz makes numpy and zipfile raise nearly anything.
-    except Exception as error:
-        raise errors.UserError(f"{flag}={path}: {reason(error)}; give a folder of images or an .npz with arr_0") from error
+        with files.open_regular(path) as raw, zipfile.ZipFile(raw) as archive:
+            shape, fortran, dtype, skip = array_header(archive, ARRAY)
+    except Exception as error:  # what is no npz makes numpy and zipfile raise nearly anything
+        advice = "give a folder of images or an .npz with arr_0"
+        raise errors.UserError(f"{flag}={path}: {reason(error)}; {advice}") from error
     if dtype != np.uint8 or fortran or len(shape) != 4 or shape[-1] != 3 or min(shape) < 1:
         raise errors.UserError(f"{flag}={path}: arr_0 is {dtype} {list(shape)}; expected uint8 images [N,H,W,3]")
-    if math.prod(shape) != size - skip or size > LARGEST_RATIO * max(compressed, 1):
-        raise errors.UserError(f"{flag}={path}: arr_0 claims {list(shape)}, but the file does not hold as many bytes")
     return shape, skip
 
 
-def array_header(file):
-    """(shape, whether in Fortran's order, dtype) at the beginning of an .npy file, which is read up to its data."""
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(file)
-
-
-def reason(error: Exception) -> str:
-    return files.reason(error).strip("'\"")
-
-
 def read_arrays(path: str, names: tuple[str, ...], flag: str) -> dict[str, np.ndarray]:
-    """Those of the numeric arrays `names` that an .npz holds, whole. Raises UserError naming the file if it is damaged."""
+    """Those of the numeric arrays `names` that an .npz holds, whole. Raises UserError naming a damaged file."""
     try:
         with files.open_regular(path) as raw, zipfile.ZipFile(raw) as archive:
             held = [name for name in names if f"{name}.npy" in archive.namelist()]
             for name in held:
-                entry = archive.getinfo(f"{name}.npy")
-                if entry.file_size > LARGEST_RATIO * max(entry.compress_size, 1):
-                    raise ValueError(f"{name} claims more bytes than the file holds")
-                with archive.open(entry) as file:
-                    shape, _, dtype = array_header(file)
-                    if dtype.hasobject or math.prod(shape) * dtype.itemsize != entry.file_size - file.tell() or min(shape, default=1) < 0:
-                        raise ValueError(f"{name} claims {dtype} {list(shape)}, but the file does not hold as many bytes")
+                array_header(archive, f"{name}.npy")
             raw.seek(0)
             with np.load(raw) as loaded:
                 return {name: loaded[name] for name in held}
     except Exception as error:  # as above
         raise errors.UserError(f"{flag}={path}: {reason(error)}") from error
+
+
+def array_header(archive: zipfile.ZipFile, name: str):
+    """(shape, whether in Fortran's order, dtype, bytes before the data) of the .npy file `name`.
+
+    Raises ValueError if it holds fewer bytes than it claims: nothing larger than the file is ever made of it.
+    """
+    entry = archive.getinfo(name)
+    if entry.file_size > LARGEST_RATIO * max(entry.compress_size, 1):
+        raise ValueError(f"{name} claims more bytes than the file holds")
+    with archive.open(entry) as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+        skip = file.tell()
+    claimed = math.prod(shape) * dtype.itemsize
+    if dtype.hasobject or claimed != entry.file_size - skip or min(shape, default=1) < 0:
+        raise ValueError(f"{name} claims {dtype} {list(shape)}, but the file does not hold as many bytes")
+    return shape, fortran, dtype, skip
+
+
+def reason(error: Exception) -> str:
+    return files.reason(error).strip("'\"")

@@ -1,15 +1,15 @@
-"""How many generated images are recognisably one of the classes: `python -m addp_jax.measuring.judge --judge=... --samples=...`.
+"""How many images are recognisably of a class: `python -m addp_jax.measuring.judge --judge=... --samples=...`.
 
 The judge is a classifier trained with the task `convnet`, for data where Inception has nothing to say. It knows the
-training classes only, so it tells whether a sample shows one of them, not whether the samples are as varied as the data.
+training classes only: it tells whether a sample shows one of them, not whether samples are as varied as the data.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +80,7 @@ def summary(probs: np.ndarray, class_names) -> dict:
 
 
 def read_samples(path: str) -> np.ndarray:
-    """`arr_0` of the samples.npz of `--mode=generate`, uint8 [N,H,W,3]. Raises UserError naming the file."""
+    """`arr_0` of an .npz, uint8 [N,H,W,3]. Raises UserError naming the file."""
     image_set.read_header(path, "--samples")
     return image_set.read_arrays(path, ("arr_0",), "--samples")["arr_0"]
 
@@ -100,33 +100,25 @@ def run(workdir: str, samples: str, output: str) -> dict:
     )
     shown = list(zip(probs[:NUM_PICTURES].argmax(1), probs[:NUM_PICTURES].max(1)))
     sheet = pictures.contact_sheet([f"{names[n]} {p:.0%}" for n, p in shown], images[:NUM_PICTURES])
-    save(output, sheet)
+    path = pathlib.Path(output)
+    pictures.save_pictures(path.parent, {path.stem: sheet})
     return result | {"sheet": output}
 
 
-def save(output: str, picture: np.ndarray) -> None:
-    path = pathlib.Path(output)
-    try:
-        pictures.save_pictures(path.parent, {path.stem: picture})
-    except OSError as error:
-        raise errors.UserError(f"--output={output}: {error.strerror or error}") from error
-
-
+@files.exit_on_mistake()
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(prog="addp_jax.measuring.judge", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--judge", type=files.expand, required=True, help="work directory of a run of the task convnet")
-    parser.add_argument("--samples", type=files.expand, required=True, help="samples.npz of --mode=generate")
-    parser.add_argument("--output", type=files.expand, default="", help="contact sheet, .png; default: judged.png beside the samples")
+    about = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser("python -m addp_jax.measuring.judge", description=about, allow_abbrev=False)
+    add = functools.partial(parser.add_argument, type=files.expand)
+    add("--judge", required=True, help="work directory of a run of the task convnet")
+    add("--samples", required=True, help="samples.npz of --mode=generate")
+    add("--output", default="", help="contact sheet, .png; default: judged.png beside the samples")
     options = parser.parse_args(argv)
     output = options.output or str(pathlib.Path(options.samples).with_name("judged.png"))
-    try:
-        if not output.endswith(".png"):
-            raise errors.UserError(f"--output={output}: give a file that ends in .png")
-        files.require_writable(pathlib.Path(output).parent, "--output")
-        print(json.dumps(run(options.judge, options.samples, output)))
-    except errors.UserError as error:
-        print("error:", files.printable(str(error)), file=sys.stderr)
-        sys.exit(2)
+    if not output.endswith(".png"):
+        raise errors.UserError(f"--output={output}: give a file that ends in .png")
+    files.require_writable(pathlib.Path(output).parent, "--output")
+    print(json.dumps(run(options.judge, options.samples, output)))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""How far apart two sets of images are: `python -m addp_jax.measuring.measure --real=... --samples=...`; no config is needed.
+"""How far apart two sets of images are: `python -m addp_jax.measuring.measure --real=... --samples=...`.
 
 A set is a folder of images or an .npz with `arr_0`; `--real` may also be ADM's VIRTUAL_imagenet256_labeled.npz with its
-moments. What is printed and written is one JSON object: the measures, the protocol and where this run departs from it,
-the number, size and hash of the images of both sets, and the hash of the weights.
+moments. No config is needed. What is printed and written is one JSON object: the measures, the protocol and where this
+run departs from it, the number, size and hash of the images of both sets, and the hash of the weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import itertools
 import json
 import os
 import pathlib
@@ -56,13 +58,10 @@ def measure(real: image_set.ImageSet, samples: image_set.ImageSet, net, name: st
     protocol = PROTOCOLS[name]
     reference, has_moments = read_reference(real, net, batch_size, cache)
     values = feature_sets.compare(reference, gather(samples, net, batch_size), protocol.seed)
+    differences = departures(protocol, real, samples, net, has_moments)
     return {
         **feature_sets.named(values, net.name, len(samples)),
-        "protocol": {
-            "name": name,
-            "reference": protocol.reference,
-            "departures": departures(protocol, real, samples, net, has_moments),
-        },
+        "protocol": {"name": name, "reference": protocol.reference, "departures": differences},
         "seed": generation.SEED,
         "features": {"network": net.name, "weights": net.weights},
         "real": describe(real),
@@ -72,7 +71,7 @@ def measure(real: image_set.ImageSet, samples: image_set.ImageSet, net, name: st
 
 def departures(protocol: Protocol, real, samples, net, has_moments: bool) -> list[str]:
     """In what this run is not the protocol; only figures without any may stand beside published ones."""
-    wanted = {
+    pairs = {
         "samples": (len(samples), feature_sets.FULL_SIZE),
         "real images": (len(real), protocol.num_real),
         "features": (net.name, feature_nets.INCEPTION),
@@ -80,11 +79,12 @@ def departures(protocol: Protocol, real, samples, net, has_moments: bool) -> lis
         "size of the samples": (samples.size, IMAGE_SIZE),
         "size of the real images": (real.size, IMAGE_SIZE),
     }
-    return [f"{name}: {found}, not {expected}" for name, (found, expected) in wanted.items() if found != expected]
+    return [f"{name}: {present}, not {other}" for name, (present, other) in pairs.items() if present != other]
 
 
 def describe(images: image_set.ImageSet) -> dict:
-    return {"path": files.printable(images.path), "images": len(images), "of": images.of, "size": list(images.size), "hash": images.content_hash}
+    counts = {"images": len(images), "of": images.of, "size": list(images.size)}
+    return {"path": files.printable(images.path)} | counts | {"hash": images.content_hash}
 
 
 def gather(images: image_set.ImageSet, net, batch_size: int) -> feature_sets.FeatureSet:
@@ -104,37 +104,31 @@ def read_reference(real: image_set.ImageSet, net, batch_size: int, cache: str):
 
     A cached file is named by the hashes of images and weights, so it can be neither stale nor another network's.
     """
-    given = given_moments(real)  # before anything is computed
-    folder = pathlib.Path(files.expand(cache))
-    path = folder / f"{real.content_hash}-{len(real)}-{net.weights}.npz"
+    moments = moments_beside(real)  # a mistake there is said before anything is computed
+    if moments and net.name != feature_nets.INCEPTION:
+        advice = f"use --features={feature_nets.INCEPTION}"
+        raise errors.UserError(f"--real={real.path}: its moments are those of Inception's features; {advice}")
+    path = pathlib.Path(files.expand(cache)) / f"{real.content_hash}-{len(real)}-{net.weights}.npz"
     reference = load_cached(path)
     if reference is None:
         reference = gather(real, net, batch_size)
         save_cached(path, reference)
-    if given:
-        if net.name != feature_nets.INCEPTION:
-            raise errors.UserError(
-                f"--real={real.path}: its moments are those of Inception's features; use --features={feature_nets.INCEPTION}"
-            )
-        return feature_sets.FeatureSet.of(given, reference.pool), True
-    return reference, False
+    return (feature_sets.FeatureSet(moments, reference.pool), True) if moments else (reference, False)
 
 
-def given_moments(real: image_set.ImageSet) -> dict:
-    """The Gaussians that an .npz has beside its images; {} = none. Raises UserError if their shapes contradict each other."""
+def moments_beside(real: image_set.ImageSet) -> dict:
+    """The Gaussians that an .npz has beside its images; {} = none. Raises UserError if their shapes disagree."""
     if not real.path.endswith(".npz"):
         return {}
-    arrays = image_set.read_arrays(real.path, tuple(name for pair in MOMENTS.values() for name in pair), real.flag)
-    for mean, covariance in MOMENTS.values():
-        present = [name for name in (mean, covariance) if name in arrays]
-        if not present:
-            continue
-        shapes = [arrays[name].shape for name in present]
-        numeric = all(arrays[name].dtype.kind == "f" and np.isfinite(arrays[name]).all() for name in present)
-        if len(shapes) < 2 or not numeric or len(shapes[0]) != 1 or shapes[1] != shapes[0] * 2:
+    arrays = image_set.read_arrays(real.path, tuple(itertools.chain(*MOMENTS.values())), real.flag)
+    for names in MOMENTS.values():
+        present = {name: arrays[name] for name in names if name in arrays}
+        shapes = [array.shape for array in present.values()]
+        numeric = all(array.dtype.kind == "f" and np.isfinite(array).all() for array in present.values())
+        if present and (len(shapes) < 2 or not numeric or len(shapes[0]) != 1 or shapes[1] != shapes[0] * 2):
             raise errors.UserError(
-                f"{real.flag}={real.path}: {mean} and {covariance} must be finite, [D] and [D,D]; the file has "
-                + ", ".join(f"{name} {arrays[name].dtype} {list(arrays[name].shape)}" for name in present)
+                f"{real.flag}={real.path}: {' and '.join(names)} must be finite, [D] and [D,D]; the file has "
+                + ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in present.items())
             )
     return read_moments(arrays)
 
@@ -154,7 +148,7 @@ def load_cached(path: pathlib.Path):
             moments = read_moments(file)
             if "pool" not in moments:
                 raise ValueError("it lacks the moments")
-            return feature_sets.FeatureSet.of(moments, file["pool"])
+            return feature_sets.FeatureSet(moments, file["pool"])
     except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:  # what is no npz makes numpy and zipfile raise nearly anything
@@ -174,31 +168,6 @@ def save_cached(path: pathlib.Path, reference: feature_sets.FeatureSet) -> None:
         print(f"--cache={path.parent}: {files.reason(error)}; the features are not kept", file=sys.stderr)
 
 
-def parse(argv):
-    parser = argparse.ArgumentParser(prog="addp_jax.measure", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--real", type=files.expand, required=True, help="folder of images, or .npz")
-    parser.add_argument("--samples", type=files.expand, required=True, help="folder of images, or .npz")
-    parser.add_argument("--features", type=files.expand, default=feature_nets.INCEPTION, help="inception, or work directory of a convnet or addp run")
-    parser.add_argument("--weights", type=files.expand, default="", help="of Inception: pt_inception-2015-12-05-6726825d, .pth or .safetensors")
-    parser.add_argument("--protocol", default="torch-fidelity", choices=PROTOCOLS)
-    parser.add_argument("--num", type=int, default=0, help="images of each set, spread evenly; default: all")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--cache", default=CACHE, help=f"folder for the features of real images (default {CACHE})")
-    parser.add_argument("--output", type=files.expand, default="", help="also write the JSON to this file")
-    return parser.parse_args(argv)
-
-
-def check(images: image_set.ImageSet, net) -> None:
-    """Raises UserError for a set that `net` cannot measure."""
-    if len(images) < 2:
-        raise errors.UserError(f"{images.flag}={images.path}: {len(images)} image; a set to measure needs at least 2")
-    height, width = images.size
-    if net.size and height != width:
-        raise errors.UserError(
-            f"{images.flag}={images.path}: {width}x{height} pixels, but --features takes squares: {image_set.PREPARE}"
-        )
-
-
 def run(options) -> dict:
     if options.num < 0 or options.batch_size < 1:
         raise errors.UserError(f"--num={options.num} --batch_size={options.batch_size}: use positive numbers")
@@ -208,31 +177,41 @@ def run(options) -> dict:
     with jax.set_mesh(mesh):
         net = feature_nets.load(options.features, options.weights, mesh, "--features", "--weights")
         for images in (real, samples):
-            check(images, net)
+            name, (height, width) = f"{images.flag}={images.path}", images.size
+            if len(images) < 2:
+                raise errors.UserError(f"{name}: {len(images)} image; a set to measure needs at least 2")
+            if net.size and height != width:
+                advice = f"but --features takes squares: {image_set.PREPARE}"
+                raise errors.UserError(f"{name}: {width}x{height} pixels, {advice}")
         batch_size = partition.batch_size(options.batch_size, mesh)
         return measure(real, samples, net, options.protocol, batch_size, options.cache)
 
 
+@files.exit_on_mistake()
 def main(argv=None) -> None:
-    options = parse(argv)
-    try:
-        if os.path.isdir(options.output):
-            raise errors.UserError(f"--output={options.output}: that is a folder; give a file")
-        if options.output:
-            files.require_writable(os.path.dirname(options.output) or ".", "--output")
-        print(text := json.dumps(run(options)))
-        if options.output:
-            write(options.output, text)
-    except errors.UserError as error:
-        print("error:", files.printable(str(error)), file=sys.stderr)
-        sys.exit(2)
-
-
-def write(output: str, text: str) -> None:
-    try:
-        files.write_text(output, text + "\n")
-    except OSError as error:
-        raise errors.UserError(f"--output={output}: {error.strerror}") from error
+    about = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser("python -m addp_jax.measuring.measure", description=about, allow_abbrev=False)
+    add = functools.partial(parser.add_argument, type=files.expand)
+    add("--real", required=True, help="folder of images, or .npz")
+    add("--samples", required=True, help="folder of images, or .npz")
+    add("--features", default=feature_nets.INCEPTION, help="inception, or work directory of a convnet or addp run")
+    add("--weights", default="", help="of Inception: pt_inception-2015-12-05-6726825d, .pth or .safetensors")
+    add("--protocol", type=str, default="torch-fidelity", choices=PROTOCOLS)
+    add("--num", type=int, default=0, help="images of each set, spread evenly; default: all")
+    add("--batch_size", type=int, default=64)
+    add("--cache", type=str, default=CACHE, help=f"folder for the features of real images (default {CACHE})")
+    add("--output", default="", help="also write the JSON to this file")
+    options = parser.parse_args(argv)
+    if os.path.isdir(options.output):
+        raise errors.UserError(f"--output={options.output}: that is a folder; give a file")
+    if options.output:
+        files.require_writable(os.path.dirname(options.output) or ".", "--output")
+    print(text := json.dumps(run(options)))
+    if options.output:
+        try:
+            files.write_text(options.output, text + "\n")
+        except OSError as error:
+            raise errors.UserError(f"--output={options.output}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

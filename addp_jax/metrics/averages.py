@@ -31,7 +31,7 @@ class ByMaskRatio:
         self._totals, self._counts = np.zeros(11), np.zeros(11)
 
     def add(self, ratios, losses, valid) -> None:
-        """`ratios`, fractions in (0,1], and `losses` of a batch [B], of which the `valid` [B] count; other ratios do not."""
+        """`ratios` and `losses` of a batch [B], of which the `valid` [B] with a ratio in (0,1] count."""
         ratios, losses, valid = np.asarray(ratios, np.float64), np.asarray(losses, np.float64), np.asarray(valid)
         valid = valid & (ratios > 0) & (ratios <= 1)
         ratios = np.where(valid, ratios, 1)
@@ -41,5 +41,5 @@ class ByMaskRatio:
 
     def means(self) -> dict[str, float]:
         """{"loss_mask_50_60": that of the ratios in (0.5, 0.6]} and so on; tenths without an example are left out."""
-        found = np.flatnonzero(self._counts)
-        return {f"loss_mask_{10 * n - 10}_{10 * n}": float(self._totals[n] / self._counts[n]) for n in found}
+        tenths = np.flatnonzero(self._counts)
+        return {f"loss_mask_{10 * n - 10}_{10 * n}": float(self._totals[n] / self._counts[n]) for n in tenths}

@@ -20,18 +20,13 @@ class FeatureSet:
     """The features of a set of images, gathered in batches of any size.
 
     gaussians: moments of "pool" and, where the network has them, "spatial" features; pool float32 [N,D];
-    logits float32 [N,C], [0,0] where the network has none.
+    logits float32 [N,C], [0,0] where the network has none. Of a set whose moments are known, `gaussians` are given, and
+    the features [N,D] of some of its images.
     """
 
-    def __init__(self):
-        self._moments, self._rows, self._gaussians = {}, {"pool": [], "logits": []}, None
-
-    @classmethod
-    def of(cls, gaussians: dict[str, generation.Gaussian], pool) -> FeatureSet:
-        """A set whose moments are known, and the features [N,D] of some of its images."""
-        made = cls()
-        made._gaussians, made._rows["pool"] = gaussians, [np.asarray(pool)]
-        return made
+    def __init__(self, gaussians: dict[str, generation.Gaussian] | None = None, pool=None):
+        self._moments, self._gaussians = {}, gaussians
+        self._rows = {"pool": [] if pool is None else [np.asarray(pool)], "logits": []}
 
     def add(self, features: Mapping[str, np.ndarray]) -> None:
         """Count in a batch's features by name: "pool" [B,D], and perhaps "logits" [B,C] and "spatial" [B,E]."""
@@ -41,16 +36,11 @@ class FeatureSet:
             if name != "logits":
                 self._moments.setdefault(name, generation.Moments(rows.shape[1])).add(rows)
 
+    pool = property(lambda self: self._joined("pool"))
+    logits = property(lambda self: self._joined("logits"))
+
     def __len__(self) -> int:
         return len(self.pool)
-
-    @property
-    def pool(self):
-        return self._joined("pool")
-
-    @property
-    def logits(self):
-        return self._joined("logits")
 
     def _joined(self, name: str):
         if len(self._rows[name]) != 1:
@@ -83,8 +73,8 @@ def compare(real: FeatureSet, samples: FeatureSet, seed: int | None = generation
 def named(values: Mapping[str, float], network: str, count: int, published: bool = True) -> dict[str, float]:
     """`values` of `compare` under the names that say what they may be compared with.
 
-    Inception's are called fid, sfid, is, kid. All names end in the number of samples, fid_2k or fid_64, but of 50,000 whose
-    real images are prepared as those of `published` figures are.
+    Inception's are called fid, sfid, is, kid. All names end in the number of samples, fid_2k or fid_64, but those of
+    50,000 whose real images are prepared as those of `published` figures are.
     """
     names = INCEPTION_NAMES if network == "inception" else {}
     thousands, rest = divmod(count, 1000)

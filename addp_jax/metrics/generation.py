@@ -27,7 +27,7 @@ BLOCK = 1000  # rows that are worked on at a time
 
 
 class Moments:
-    """Mean and covariance of rows that come in batches of any size; two of them can be merged."""
+    """Mean and covariance of rows that come in batches of any size."""
 
     def __init__(self, width: int):
         self._count, self._mean = 0, np.zeros(width)
@@ -40,26 +40,17 @@ class Moments:
         if sum(map(len, self._waiting)) >= BLOCK:
             self._count_waiting()
 
-    def merge(self, other: Moments) -> None:
-        """Count in everything that `other` has counted."""
-        for moments in (self, other):
-            moments._count_waiting()
-        self._merge(other._count, other._mean, other._scatter)
-
     def _count_waiting(self) -> None:
-        rows, self._waiting = self._waiting, []
-        if rows:
-            rows = np.concatenate(rows).astype(np.float64)
-            mean = rows.mean(0)
+        batches, self._waiting = self._waiting, []
+        if batches:
+            rows = np.concatenate(batches).astype(np.float64)
+            count, mean, total = len(rows), rows.mean(0), max(self._count + len(rows), 1)
             rows -= mean
-            self._merge(len(rows), mean, rows.T @ rows)
-
-    def _merge(self, count: int, mean, scatter) -> None:
-        gap, total = mean - self._mean, max(self._count + count, 1)
-        self._scatter += scatter
-        self._scatter += np.outer(gap, gap * (self._count * count / total))
-        self._mean = self._mean + gap * (count / total)
-        self._count += count
+            gap = mean - self._mean
+            self._scatter += rows.T @ rows
+            self._scatter += np.outer(gap, gap * (self._count * count / total))
+            self._mean = self._mean + gap * (count / total)
+            self._count = total
 
     def gaussian(self) -> Gaussian:
         """The Gaussian with these moments. Raises ValueError below two rows."""
@@ -115,17 +106,17 @@ def inception_score(logits, splits: int = SPLITS, seed: int | None = SEED) -> tu
 
 
 def kernel_distance(real, samples, subsets: int = SUBSETS, size: int = SUBSET_SIZE) -> tuple[float, float]:
-    """(mean, standard deviation) over `subsets` random subsets of `size` rows of each of two sets [N,D]; may be below 0.
+    """(mean, standard deviation) over `subsets` random subsets of `size` rows of each of two sets [N,D].
 
-    A set with fewer rows makes all subsets as small as it is.
+    The mean may be below 0. A set with fewer rows makes all subsets as small as it is.
     """
     size = min(size, len(real), len(samples))
-    rng = np.random.RandomState(SEED)
-    values = []
+    rng, values = np.random.RandomState(SEED), []
     for _ in range(subsets):
         fake = np.asarray(samples[rng.choice(len(samples), size, replace=False)], np.float64)
         true = np.asarray(real[rng.choice(len(real), size, replace=False)], np.float64)
-        within = sum(cubic_kernel(rows, rows).sum() - cubic_kernel_diagonal(rows).sum() for rows in (fake, true))
+        diagonals = [((rows**2).mean(1) + 1) ** 3 for rows in (fake, true)]
+        within = sum(cubic_kernel(rows, rows).sum() - own.sum() for rows, own in zip((fake, true), diagonals))
         values.append(within / (size * (size - 1)) - 2 * cubic_kernel(fake, true).mean())
     return float(np.mean(values)), float(np.std(values))
 
@@ -133,10 +124,6 @@ def kernel_distance(real, samples, subsets: int = SUBSETS, size: int = SUBSET_SI
 def cubic_kernel(one, other):
     base = one @ other.T / one.shape[1] + 1
     return base * base * base  # several times as fast as ** 3
-
-
-def cubic_kernel_diagonal(rows):
-    return ((rows**2).mean(1) + 1) ** 3
 
 
 def neighbourhoods(real, samples) -> dict[str, float]:
@@ -160,19 +147,18 @@ def neighbourhoods(real, samples) -> dict[str, float]:
         held[rows] = (distances < wide).sum(1)
         recalled |= (distances <= around_samples[rows, None]).any(0)
         nearest = np.minimum(nearest, distances.min(0))
-    values = {
-        "precision": np.concatenate(inside_real).mean(),
-        "recall": recalled.mean(),
-        "density": held.mean() / DENSITY_NEIGHBOURS,
-        "coverage": (nearest < wide).mean(),
+    measures = {
+        "precision": (np.concatenate(inside_real).mean(), narrow),
+        "recall": (recalled.mean(), around_samples),
+        "density": (held.mean() / DENSITY_NEIGHBOURS, wide),
+        "coverage": ((nearest < wide).mean(), wide),
     }
-    known = {"precision": narrow, "recall": around_samples, "density": wide, "coverage": wide}
-    return {name: float(value) for name, value in values.items() if np.isfinite(known[name]).all()}
+    return {name: float(value) for name, (value, balls) in measures.items() if np.isfinite(balls).all()}
 
 
 def radii(rows, neighbours: tuple[int, ...]):
-    """Squared distance of each row of `rows` [N,D] to its k-th nearest other row: [N, len(neighbours)], inf where N <= k."""
-    found = np.full((len(rows), len(neighbours)), np.inf, np.float32)
+    """Squared distance of each row of [N,D] to its k-th nearest other row: [N, len(neighbours)]; inf if N <= k."""
+    radius = np.full((len(rows), len(neighbours)), np.inf, np.float32)
     places = [(column, k) for column, k in enumerate(neighbours) if k < len(rows)]
     for first, distances in blocks(rows, rows):
         part = np.arange(len(distances))
@@ -180,8 +166,8 @@ def radii(rows, neighbours: tuple[int, ...]):
         if places:
             distances.partition([k for _, k in places], axis=1)
         for column, k in places:
-            found[first : first + len(distances), column] = distances[:, k]
-    return found
+            radius[first : first + len(distances), column] = distances[:, k]
+    return radius
 
 
 def blocks(one, other):

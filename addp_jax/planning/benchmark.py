@@ -22,6 +22,7 @@ from addp_jax import optim, partition, program, samplers, tasks
 from addp_jax.planning import calls, flops, topologies
 
 REPEATS, ENOUGH_SECONDS = 3, 20.0  # the best of so many runs, of fewer where they take long
+PER_RUN = ("seconds", "flops", "useful_flops", "calls")  # of a Row: they grow with the runs
 
 # What jax calls a device -> its entry in topologies.CHIPS. The peak of others, and of float32, is measured.
 DEVICES = {
@@ -43,13 +44,11 @@ class Row:
     calls: int = 1
 
     def __add__(self, other: Row) -> Row:
-        names = ("seconds", "flops", "useful_flops", "compile_seconds", "calls")
-        together = {name: getattr(self, name) + getattr(other, name) for name in names}
-        return dataclasses.replace(self, **together, planned_bytes=max(self.planned_bytes, other.planned_bytes))
+        sums = {name: getattr(self, name) + getattr(other, name) for name in (*PER_RUN, "compile_seconds")}
+        return dataclasses.replace(self, **sums, planned_bytes=max(self.planned_bytes, other.planned_bytes))
 
     def __mul__(self, times: int) -> Row:
-        names = ("seconds", "flops", "useful_flops", "calls")
-        return dataclasses.replace(self, **{name: getattr(self, name) * times for name in names})
+        return dataclasses.replace(self, **{name: getattr(self, name) * times for name in PER_RUN})
 
 
 def measure(part: str, function, *args, carried: bool = False) -> Row:
@@ -85,18 +84,15 @@ def made_up(shapes, sharding):
 
 def networks(function, mesh, *args) -> dict[str, Row]:
     """The networks that `function(*args)` runs, each timed alone: forward, its parameters on every device."""
-    found, rows = collections.defaultdict(list), {}
+    runs, rows = collections.defaultdict(list), {}
     for call in calls.record(function, *args):
-        found[call.name].append(call)
-    for name, same in found.items():
-        size = max(map(_size, same))
-        whole = [call for call in same if _size(call) == size]  # the others are single examples of `one_by_one`
-        rows[name] = _alone(whole[0], mesh, looped=len(whole) < len(same)) * len(whole)
+        runs[call.name].append(call)
+    for name, same in runs.items():
+        sizes = [sum(array.size for array in call.arrays) for call in same]
+        largest, count = same[sizes.index(max(sizes))], sizes.count(max(sizes))
+        looped = count < len(same)  # then the others are single examples of `one_by_one`
+        rows[name] = _alone(largest, mesh, looped) * count
     return rows
-
-
-def _size(call: calls.Call) -> int:
-    return sum(array.size for array in call.arrays)
 
 
 def _alone(call: calls.Call, mesh, looped: bool) -> Row:
@@ -129,8 +125,8 @@ def training(config: program.Config, run: program.TrainingProgram, frozen, batch
     forward = measure("forward", loss, state.params, frozen, piece) * pieces
     grads = jax.tree.map(jnp.ones_like, state.params)
     updated = measure("optimizer", update, state, grads)
-    plain = program.create_training(dataclasses.replace(config, model=flops.everything_kept(config.model)), config.batch_size, run.mesh)
-    useful = flops.count(plain.step, state, frozen, batch)
+    kept = dataclasses.replace(config, model=flops.everything_kept(config.model))
+    useful = flops.count(program.create_training(kept, config.batch_size, run.mesh).step, state, frozen, batch)
     step = measure("training step", run.step, state, frozen, batch, carried=True)
     step = dataclasses.replace(step, useful_flops=useful)
     seconds = step.seconds - forward.seconds - updated.seconds
@@ -152,7 +148,8 @@ def sampling(run: program.TrainingProgram, frozen, batch_size: int) -> list[Row]
         def step(params, frozen, keys, images, static=static, at=at):
             nets = task.nets(params, frozen)
             noise = samplers.draw_noise(keys, at.step[0], length, nets.codebook.shape[0])
-            carry = samplers.Carry(images, jnp.zeros((batch_size, length), jnp.int32), jnp.ones((batch_size, length), bool))
+            tokens, unknown = jnp.zeros((batch_size, length), jnp.int32), jnp.ones((batch_size, length), bool)
+            carry = samplers.Carry(images, tokens, unknown)
             return task.sampler.step(nets, task.sampler_config, static, carry, jax.tree.map(lambda a: a[0], at), noise)
 
         for name, row in networks(step, mesh, params, frozen, keys, images).items():
@@ -197,12 +194,12 @@ def benchmark(config: program.Config) -> dict:
         frozen = run.place(task.load_frozen())
         batch = made_up(run.batch, partition.batch_sharding(run.mesh))
         peak, source = peak_flops(device, dtype)
-        found = {"training step": lambda: training(config, run, frozen, batch)}
+        measures = {"training step": lambda: training(config, run, frozen, batch)}
         if isinstance(task, tasks.Generator):
-            found["sampling"] = lambda: sampling(run, frozen, config.batch_size)
+            measures["sampling"] = lambda: sampling(run, frozen, config.batch_size)
         tables = {}
-        for title, measured in found.items():
-            tables[title] = measured()
+        for title, rows in measures.items():
+            tables[title] = rows()
             report(f"{title}, {config.batch_size} images", tables[title], config.batch_size, peak * run.mesh.size)
     result = {
         "device": device.device_kind,

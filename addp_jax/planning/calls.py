@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, Callable
 
 import flax.linen as nn
@@ -24,39 +23,39 @@ class Call:
 
 def record(function, *args) -> list[Call]:
     """The runs of whole networks in `function(*args)`, in order. What a loop runs counts once. Nothing is computed."""
-    found, inside = [], []
+    runs, inside = [], []
 
     def note(run, args, kwargs, context):
         module, method = context.module, context.method_name
         if method not in ("__call__", *PARTS) or module.scope is None or module.scope.path or inside:
             return run(*args, **kwargs)
-        before = len(found)
+        before = len(runs)
         if method in PARTS:
             inside.append(method)
         out = run(*args, **kwargs)
         if method in PARTS:
             inside.pop()
-        if len(found) == before:
-            found.append(_call(module, method, (args, kwargs)))
+        if len(runs) == before:
+            runs.append(_call(module, method, (args, kwargs)))
         return out
 
     with nn.intercept_methods(note):
         jax.eval_shape(function, *args)
-    return found
+    return runs
 
 
 def _call(module, method: str, arguments) -> Call:
-    leaves, tree = jax.tree.flatten(arguments)
+    (leaves, tree), net = jax.tree.flatten(arguments), module.clone(parent=None)
+
+    def run(variables, arrays, rng):
+        rest = iter(arrays)
+        inputs = [next(rest) if isinstance(leaf, jax.Array) else leaf for leaf in leaves]
+        args, kwargs = jax.tree.unflatten(tree, inputs)
+        return net.apply(variables, *args, method=method, rngs={"dropout": rng}, **kwargs)
+
     shapes = [_shape(leaf) for leaf in leaves if isinstance(leaf, jax.Array)]
-    run = functools.partial(_run, module.clone(parent=None), method, leaves, tree)
     return Call(f"{type(module).__name__}.{method}", run, jax.tree.map(_shape, module.variables), shapes)
 
 
 def _shape(array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
-
-
-def _run(net, method: str, leaves, tree, variables, arrays, rng):
-    arrays = iter(arrays)
-    args, kwargs = jax.tree.unflatten(tree, [next(arrays) if isinstance(leaf, jax.Array) else leaf for leaf in leaves])
-    return net.apply(variables, *args, method=method, rngs={"dropout": rng}, **kwargs)

@@ -1,7 +1,7 @@
 """Compiles a config's own program for devices that exist for the compiler only, and reports on it.
 
-`plan` runs it as `python -m addp_jax.compile_only`, a request as JSON on stdin, the report as JSON on the last line of
-stdout: a compiler may abort the process.
+`plan` runs it as a program of its own, since a compiler may abort the process: a request as JSON on stdin, the report
+as JSON on the last line of stdout.
 """
 
 from __future__ import annotations
@@ -38,18 +38,20 @@ def report(config: dict, topology: str, slices: int, program: str, level: str) -
     devices = topologies.describe(name)
     limit = topologies.memory_limit(name, devices[0])
     run = build(config, partition.make_mesh(partition.Config(**config["mesh"]), devices))
+    plain = build(flops.everything_kept(config), run.mesh)  # it computes nothing again for the backward pass
     with jax.set_mesh(run.mesh):
         function, args, sizes = PROGRAMS[program](run, config)
         executed = flops.count(function, *args)
+        plain_function, plain_args, _ = PROGRAMS[program](plain, config)
+        useful = flops.count(plain_function, *plain_args)
         started, used = time.perf_counter(), time.process_time()
-        found = {"limit": limit} | compiled(function, args)
+        outcome = compiled(function, args)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - used
-    return found | sizes | {
+    return outcome | sizes | compiler_version(name) | {
         "topology": str(name), "kind": name.kind, "devices": len(devices), "chips": name.chips, "level": level,
-        "mesh": dict(run.mesh.shape), "steps": run.length.total, "num_train": num_train(config),
-        "executed_flops": executed, "useful_flops": useful_flops(config, run, program), "compile_seconds": round(seconds, 1),
-        "compile_cpu_seconds": round(cpu_seconds, 1),
-        **({} if name.kind in topologies.GPUS else compiler_version()),
+        "limit": limit, "mesh": dict(run.mesh.shape), "steps": run.length.total, "num_train": num_train(config),
+        "executed_flops": executed, "useful_flops": useful,
+        "compile_seconds": round(seconds, 1), "compile_cpu_seconds": round(cpu_seconds, 1),
     }  # fmt: skip
 
 
@@ -66,14 +68,11 @@ def num_train(config: dict) -> int:
 
 def training(run: program.TrainingProgram, config: dict):
     """`(step, its arguments, sizes)`: as the loop calls it."""
-    frozen, batch = _kept(run, run.task.load_frozen()), run.batch
-    parameters = _bytes(run.state.params)
-    return run.step, (run.state, frozen, batch), {
-        "batch_size": run.config.batch_size,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(run.state.params)),
-        "parameter_bytes": parameters, "optimizer_bytes": _bytes(run.state) - parameters,
-        "frozen_bytes": _bytes(frozen), "batch_bytes": _bytes(batch), "donated": _bytes(run.state),
-    }  # fmt: skip
+    frozen = _whole(run, run.task.load_frozen())
+    sizes = _sizes(run.state.params, frozen, run.batch) | {"batch_size": run.config.batch_size}
+    state = _bytes(run.state)
+    sizes |= {"optimizer_bytes": state - sizes["parameter_bytes"], "donated": state}
+    return run.step, (run.state, frozen, run.batch), sizes
 
 
 def sampling(run: program.TrainingProgram, config: dict):
@@ -82,37 +81,30 @@ def sampling(run: program.TrainingProgram, config: dict):
     settings = schema.build(generate.Config, config["generate"], "config.generate")
     size = partition.batch_size(settings.batch_size, run.mesh)
     batch = {"number": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=partition.batch_sharding(run.mesh))}
-    frozen, params = _kept(run, run.task.load_for_sampling()), _kept(run, run.state.params)
-    return generate.make_draw(run, starts.FromNothing(settings), settings.seed), ((params, frozen), batch), {
-        "batch_size": size,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
-        "parameter_bytes": _bytes(params), "optimizer_bytes": 0,
-        "frozen_bytes": _bytes(frozen), "batch_bytes": _bytes(batch), "donated": 0,
-    }  # fmt: skip
+    frozen, params = _whole(run, run.task.load_for_sampling()), _whole(run, run.state.params)
+    sizes = _sizes(params, frozen, batch) | {"batch_size": size, "optimizer_bytes": 0, "donated": 0}
+    return generate.make_draw(run, starts.FromNothing(settings), settings.seed), ((params, frozen), batch), sizes
 
 
 PROGRAMS = {"train": training, "sample": sampling}
 
 
-def _kept(run: program.TrainingProgram, networks):
+def _whole(run: program.TrainingProgram, networks):
     """Shapes of networks that are whole on every device."""
-    everywhere = partition.replicated(run.mesh)
-    kept = jax.eval_shape(lambda networks: run.compact(networks), networks)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), kept)
+    sharding = partition.replicated(run.mesh)
+    shapes = jax.eval_shape(lambda networks: run.compact(networks), networks)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+
+
+def _sizes(params, frozen, batch) -> dict:
+    sizes = {"parameter_bytes": _bytes(params), "frozen_bytes": _bytes(frozen), "batch_bytes": _bytes(batch)}
+    return sizes | {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params))}
 
 
 def _bytes(tree) -> int:
     """On one device."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-
-
-def useful_flops(config: dict, run: program.TrainingProgram, program: str) -> int:
-    """Those of the same program when nothing is computed again for the backward pass."""
-    plain = build(flops.everything_kept(config), run.mesh)
-    with jax.set_mesh(run.mesh):
-        function, args, _ = PROGRAMS[program](plain, config)
-        return flops.count(function, *args)
 
 
 def compiled(function, args) -> dict:
@@ -123,13 +115,13 @@ def compiled(function, args) -> dict:
         needed = memory_needed(str(error))
         return {"error": files.reason(error)} | ({"needed": needed} if needed else {})
     memory = executable.memory_analysis()
-    found = {"peak": memory.peak_memory_in_bytes, "aliased": memory.alias_size_in_bytes}
+    sizes = {"peak": memory.peak_memory_in_bytes, "aliased": memory.alias_size_in_bytes}
     try:
         text = executable.as_text()
     except Exception as error:  # of a compiler that does not match jax; the memory is known all the same
-        return found | {"unreadable": files.reason(error)}
+        return sizes | {"unreadable": files.reason(error)}
     kinds = {kind: dataclasses.asdict(entry) for kind, entry in hlo.collectives(text).items()}
-    return found | {"collectives": kinds, "cycles": hlo.estimated_cycles(text), "hbm_traffic": hlo.hbm_bytes(text)}
+    return sizes | {"collectives": kinds, "cycles": hlo.estimated_cycles(text), "hbm_traffic": hlo.hbm_bytes(text)}
 
 
 def memory_needed(message: str) -> float | None:
@@ -138,19 +130,17 @@ def memory_needed(message: str) -> float | None:
     return float(match[1]) * 2 ** (10 * " KMGT".index(match[2])) if match else None
 
 
-def compiler_version() -> dict:
-    """`libtpu` that is installed, and the one that the installed jax asks for."""
+def compiler_version(name: topologies.Name) -> dict:
+    """Of a TPU: `libtpu` that is installed, and the one that the installed jax asks for."""
+    if name.kind in topologies.GPUS:
+        return {}
     pins = [line for line in importlib.metadata.requires("jax") or [] if line.startswith("libtpu")]
-    return {"libtpu": importlib.metadata.version("libtpu"), "libtpu_wanted": re.split("[;,]", pins[0])[0].strip() if pins else ""}
-
-
-def main() -> None:
-    try:
-        found = report(**json.load(sys.stdin))
-    except errors.UserError as error:
-        found = {"mistake": str(error)}
-    print(json.dumps(found))
+    pin = re.split("[;,]", pins[0])[0].strip() if pins else ""
+    return {"libtpu": importlib.metadata.version("libtpu"), "libtpu_wanted": pin}
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        print(json.dumps(report(**json.load(sys.stdin))))
+    except errors.UserError as error:
+        print(json.dumps({"mistake": str(error)}))

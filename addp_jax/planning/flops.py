@@ -22,10 +22,7 @@ def count(function, *args) -> int:
 
 
 def everything_kept(fields):
-    """`fields` of a config, nested dicts, with `remat` none: no program computes anything again for its backward pass.
-
-    The FLOPs of the program that they build are useful ones; those of the config's own, which may be more, are executed.
-    """
+    """`fields` of a config, nested dicts, with `remat` none: all FLOPs of the program that they build are useful."""
     if not isinstance(fields, dict):
         return fields
     return {name: "none" if name == "remat" else everything_kept(value) for name, value in fields.items()}
@@ -47,21 +44,12 @@ def _equation(equation) -> int:
         # strided convolution, are no work.
         zeros = math.prod(params["lhs_dilation"])
         return 2 * equation.outvars[0].aval.size * kernel.size // kernel.shape[out_features] // zeros
-    inner = [_count(jaxpr) for value in params.values() for jaxpr in _jaxprs(value)]
+    leaves = jax.tree.leaves(list(params.values()), is_leaf=lambda leaf: isinstance(leaf, core.ClosedJaxpr))
+    closed = [leaf.jaxpr for leaf in leaves if isinstance(leaf, core.ClosedJaxpr)]
+    inner = [_count(jaxpr) for jaxpr in closed + [leaf for leaf in leaves if isinstance(leaf, core.Jaxpr)]]
     if name == "scan":
         return params["length"] * sum(inner)
     if name == "shard_map":
         axes = params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]  # before jax 0.10.2
         return math.prod(params["mesh"].shape[axis] for axis in axes) * sum(inner)
     return max(inner) if name == "cond" else sum(inner)
-
-
-def _jaxprs(value):
-    """The programs in a parameter of an equation."""
-    if isinstance(value, core.ClosedJaxpr):
-        yield value.jaxpr
-    elif isinstance(value, core.Jaxpr):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for entry in value:
-            yield from _jaxprs(entry)

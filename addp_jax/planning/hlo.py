@@ -10,6 +10,7 @@ import re
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "bf16": 16} | {f"{kind}{bits}": bits for kind in "sufc" for bits in (2, 4, 8, 16, 32, 64, 128)}
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?(%[\w.\-]+) = (.*?) ([a-z][a-z\-]*)\((.*)")
+_CALLED = re.compile(r"(?:calls|body|to_apply)=%[\w.\-]+|branch_computations=\{[^}]*\}")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
 
@@ -31,23 +32,23 @@ class Collective:
 
 def num_bytes(shape: str) -> int:
     """Of an array or tuple of arrays: `(bf16[8,128]{1,0}, f32[])` has 2052."""
-    arrays = [match.groups() for match in _ARRAY.finditer(shape)]
-    return sum(_BITS[kind] * math.prod(map(int, filter(None, sizes.split(",")))) // 8 for kind, sizes in arrays if kind in _BITS)
+    arrays = [(_BITS[kind], sizes.split(",")) for kind, sizes in _ARRAY.findall(shape) if kind in _BITS]
+    return sum(bits * math.prod(map(int, filter(None, sizes))) // 8 for bits, sizes in arrays)
 
 
 def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
     """Instructions by computation, and the name of the entry."""
-    found, entry, body = {}, "", None
+    bodies, entry, body = {}, "", None
     for line in text.splitlines():
         if line.endswith("{") and line.startswith(("%", "ENTRY ")):
             name = line.removeprefix("ENTRY ").split()[0]
             entry = name if line.startswith("ENTRY ") else entry
-            body = found.setdefault(name, [])
+            body = bodies.setdefault(name, [])
         elif line == "}":
             body = None
         elif body is not None and (match := _INSTRUCTION.match(line)):
             body.append(Instruction(*match.groups()))
-    return found, entry
+    return bodies, entry
 
 
 def _trip_count(instruction: Instruction, bodies) -> int:
@@ -55,8 +56,8 @@ def _trip_count(instruction: Instruction, bodies) -> int:
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.rest):
         return int(known[1])
     condition = bodies[re.search(r"condition=(%[\w.\-]+)", instruction.rest)[1]]
-    bounds = [int(match[1]) for entry in condition if (match := re.match(r"(\d+)\)", entry.rest)) and entry.opcode == "constant"]
-    return max(bounds, default=1)
+    constants = [re.match(r"(\d+)\)", entry.rest) for entry in condition if entry.opcode == "constant"]
+    return max((int(match[1]) for match in constants if match), default=1)
 
 
 def runs(text: str) -> list[tuple[Instruction, int, bool]]:
@@ -67,17 +68,12 @@ def runs(text: str) -> list[tuple[Instruction, int, bool]]:
     for name in queue:  # callers come before what they call; a computation has one caller, or callers that are clones
         for instruction in bodies[name]:
             factor = _trip_count(instruction, bodies) if instruction.opcode == "while" else 1
-            for callee in re.findall(r"(?:calls|body|to_apply)=(%[\w.\-]+)", instruction.rest) + _branches(instruction.rest):
+            for callee in re.findall(r"%[\w.\-]+", " ".join(_CALLED.findall(instruction.rest))):
                 if callee in bodies:
                     times[callee] += factor * times[name]
                     fused[callee] = fused[name] or instruction.opcode == "fusion"
                     queue += [callee] * (callee not in queue)
     return [(instruction, times[name], fused[name]) for name in queue for instruction in bodies[name]]
-
-
-def _branches(rest: str) -> list[str]:
-    match = re.search(r"branch_computations=\{([^}]*)\}", rest)
-    return re.findall(r"%[\w.\-]+", match[1]) if match else []
 
 
 def collectives(text: str) -> dict[str, Collective]:
@@ -86,10 +82,10 @@ def collectives(text: str) -> dict[str, Collective]:
     Bytes are those of the largest side: what is gathered, what is reduced. Copies of one collective that the
     compiler splits into pieces of an asynchronous fusion count once.
     """
-    found, seen = collections.defaultdict(Collective), set()
-    scattered = {name for name in re.findall(r"calls=(%all-reduce-scatter[\w.\-]*)", text)}
+    kinds, seen = collections.defaultdict(Collective), set()
     bodies, _ = computations(text)
-    inside = {entry.name for name in scattered for entry in bodies[name] if name in bodies}
+    scattered = re.findall(r"calls=(%all-reduce-scatter[\w.\-]*)", text)
+    inside = {entry.name for name in scattered for entry in bodies.get(name, ())}
     for instruction, times, _ in runs(text):
         kind = instruction.opcode.removesuffix("-start")
         channel = re.search(r"channel_id=(\d+)", instruction.rest)
@@ -98,16 +94,16 @@ def collectives(text: str) -> dict[str, Collective]:
             continue
         seen.add(key)
         kind = "reduce-scatter" if instruction.name in inside else kind
-        found[kind].count += times
-        found[kind].bytes += times * num_bytes(instruction.shape)
-    return dict(found)
+        kinds[kind].count += times
+        kinds[kind].bytes += times * num_bytes(instruction.shape)
+    return dict(kinds)
 
 
 def estimated_cycles(text: str) -> int:
-    """The TPU compiler's estimate of a step's clock cycles without collectives; means nothing at reduced optimization."""
+    """The TPU compiler's estimate of a step's cycles without collectives; means nothing at reduced optimization."""
     cost = re.compile(r'"estimated_cycles":"(\d{1,18})"')  # unknown ones have 19 digits
-    found = [(cost.search(entry.rest), times) for entry, times, fused in runs(text) if not fused]
-    return sum(times * int(match[1]) for match, times in found if match)
+    matches = [(cost.search(entry.rest), times) for entry, times, fused in runs(text) if not fused]
+    return sum(times * int(match[1]) for match, times in matches if match)
 
 
 _NO_TRAFFIC = (
@@ -131,11 +127,12 @@ def hbm_bytes(text: str) -> int:
         if entry.opcode in ("copy-done", "slice-done", "async-done"):  # one way; the other side is fast memory
             return num_bytes(entry.shape)
         sliced, written = _moved(entry, bodies, moved)
-        operands = enumerate(_operands(entry))
-        reads = [sliced[index] if index in sliced else _main_memory(shapes[name]) for index, name in operands if name in shapes]
-        return sum(reads) + (_main_memory(entry.shape) if written is None else written)
+        operands = [(index, shapes[name]) for index, name in enumerate(_operands(entry)) if name in shapes]
+        reads = sum(sliced[index] if index in sliced else _main_memory(shape) for index, shape in operands)
+        return reads + (_main_memory(entry.shape) if written is None else written)
 
-    return sum(times * traffic(entry) for entry, times, fused in runs(text) if not fused and entry.opcode not in _NO_TRAFFIC)
+    moving = [(entry, times) for entry, times, fused in runs(text) if not fused and entry.opcode not in _NO_TRAFFIC]
+    return sum(times * traffic(entry) for entry, times in moving)
 
 
 def _operands(entry: Instruction) -> list[str]:
@@ -148,7 +145,7 @@ def _main_memory(shape: str) -> int:
 
 
 def _moved(entry: Instruction, bodies, known: dict):
-    """`({operand's index: bytes} of those read in slices, bytes written or None: the whole result)`; fusions may be nested."""
+    """`({operand's index: bytes read of it in slices}, bytes written or None: the result's)`; fusions may be nested."""
     callee = re.search(r"calls=(%[\w.\-]+)", entry.rest)
     if callee and entry.opcode == "fusion":
         if callee[1] not in known:

@@ -78,15 +78,14 @@ def parse(text: str, slices: int = 1) -> Name:
         if len(numbers) > 1 or (count > GPUS_PER_HOST and count % GPUS_PER_HOST):
             raise errors.UserError(f"topology={text}: {kind}xN with N up to {GPUS_PER_HOST} or a multiple of it")
         return Name(kind, (max(1, count // GPUS_PER_HOST), min(count, GPUS_PER_HOST)), slices)
-    if match[2] in ":=":
-        shape = numbers
-    elif len(numbers) == 1 and count % chip.per_name == 0:
-        shape = _shape(count // chip.per_name, chip.axes)
-    else:
-        shape = ()
+    shape = numbers
+    if match[2] not in ":=":
+        chips, rest = divmod(count, chip.per_name)
+        shape = _shape(chips, chip.axes) if len(numbers) == 1 and not rest else ()
     if len(shape) != chip.axes:
         sizes = "x".join("ABC"[: chip.axes])
-        raise errors.UserError(f"topology={text}: {kind} has {chip.axes} torus axes; give {kind}:{sizes}, or a power of two as in {kind}-256")
+        advice = f"give {kind}:{sizes}, or a power of two as in {kind}-256"
+        raise errors.UserError(f"topology={text}: {kind} has {chip.axes} torus axes; {advice}")
     return Name(kind, shape, slices)
 
 
@@ -105,26 +104,18 @@ def describe(name: Name) -> list:
 
     The TPU's compiler takes no TPU, so it neither heeds nor takes the lock by which libtpu keeps processes apart.
     """
-    if name.kind in GPUS:
-        return _gpus(name)
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-    options = dict(CHIPS[name.kind].options) | ({"num_slices": name.slices} if name.slices > 1 else {})
-    if name.chips < 4:
-        options["chips_per_host_bounds"] = (1, 1, 1)
+    if name.kind in GPUS:
+        platform, text, advice = "cuda", name.kind, "; it needs pip install '.[plan-gpu]'"
+        options = {"target_config": _target(name.kind), "topology": "x".join(map(str, (name.slices, *name.shape)))}
+    else:
+        platform, text, advice = "tpu", f"{name.kind}:{'x'.join(map(str, name.shape))}", ""
+        options = dict(CHIPS[name.kind].options) | ({"num_slices": name.slices} if name.slices > 1 else {})
+        options |= {"chips_per_host_bounds": (1, 1, 1)} if name.chips < 4 else {}
     try:
-        text = f"{name.kind}:{'x'.join(map(str, name.shape))}"
-        return topologies.get_topology_desc(platform="tpu", topology_name=text, **options).devices
+        return topologies.get_topology_desc(platform=platform, topology_name=text, **options).devices
     except (RuntimeError, ValueError) as error:  # the compiler's own words end in a stack trace
-        raise errors.UserError(f"topology={name}: {files.reason(error)}") from error
-
-
-def _gpus(name: Name) -> list:
-    try:
-        shape = f"{name.slices}x{name.shape[0]}x{name.shape[1]}"
-        target = {"target_config": _target(name.kind), "topology": shape}
-        return topologies.get_topology_desc(platform="cuda", topology_name=name.kind, **target).devices
-    except (RuntimeError, ValueError) as error:
-        raise errors.UserError(f"topology={name}: {files.reason(error)}; it needs pip install '.[plan-gpu]'") from error
+        raise errors.UserError(f"topology={name}: {files.reason(error)}{advice}") from error
 
 
 def _target(kind: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import json
 import os
 
@@ -47,7 +46,7 @@ def robustness(program, config: Config, workdir: str) -> None:
     with jax.set_mesh(mesh):
         nets, identity = program.load(workdir)
         names = given or predict.recorded_names(program, identity, workdir)
-        top1 = Top1(program, names, functools.partial(jax.jit(task.logits), *nets))
+        top1 = functools.partial(accuracy, program, names, functools.partial(jax.jit(task.logits), *nets))
         for name in SUBSETS:
             if folder := getattr(config, name):
                 result[name] = top1(folder, f"config.robustness.{name}", task.crop_pct)
@@ -57,25 +56,15 @@ def robustness(program, config: Config, workdir: str) -> None:
     print(json.dumps(result))
 
 
-@dataclasses.dataclass(frozen=True)
-class Top1:
-    """Accuracy of `function` (image uint8 [B,H,W,3] -> logits) on a folder with one sub-folder per class."""
-
-    program: object
-    names: tuple[str, ...]
-    function: object
-
-    def __call__(self, folder: str, field: str, crop_pct: float = 1.0) -> float:
-        program, right = self.program, []
-        source = image_folder.open_classes(folder, self.names, field)
-        present = np.unique(source.labels)
-        rows = features.batches_of(
-            source, transforms.eval_image(program.task.image_size, crop_pct), self.function, program.config.data,
-            program.config.batch_size, program.mesh,
-        )  # fmt: skip
-        for logits, labels, valid in rows:
-            right.append(metrics.in_top(logits[:, present], np.searchsorted(present, labels), 1)[valid])
-        return float(np.concatenate(right).mean())
+def accuracy(program, names: tuple[str, ...], logits, folder: str, field: str, crop_pct: float = 1.0) -> float:
+    """Top-1 of `logits` (image uint8 [B,H,W,3] -> [B,C]) on a folder with one sub-folder per class of `names`."""
+    source, config = image_folder.open_classes(folder, names, field), program.config
+    present, hits = np.unique(source.labels), []
+    transform = transforms.eval_image(program.task.image_size, crop_pct)
+    rows = features.batches_of(source, transform, logits, config.data, config.batch_size, program.mesh)
+    for scores, labels, valid in rows:
+        hits.append(metrics.in_top(scores[:, present], np.searchsorted(present, labels), 1)[valid])
+    return float(np.concatenate(hits).mean())
 
 
 def corruption_errors(top1, folder: str) -> dict[str, float]:
@@ -94,10 +83,9 @@ def corruptions(folder: str) -> dict[str, list[str]]:
 
 def require_folders(config: Config) -> None:
     """Raises UserError naming the first folder that is missing: now, not hours later."""
-    wanted = {name: [getattr(config, name)] for name in SUBSETS if getattr(config, name)}
+    folders = [(name, getattr(config, name)) for name in SUBSETS]
     if config.imagenet_c:
-        wanted["imagenet_c"] = list(itertools.chain(*corruptions(config.imagenet_c).values()))
-    for name, folders in wanted.items():
-        for path in folders:
-            if not os.path.isdir(path):
-                raise errors.UserError(f"config.robustness.{name}: no folder {path!r}")
+        folders += [("imagenet_c", path) for levels in corruptions(config.imagenet_c).values() for path in levels]
+    for name, path in folders:
+        if path and not os.path.isdir(path):
+            raise errors.UserError(f"config.robustness.{name}: no folder {path!r}")
