@@ -107,7 +107,7 @@ def test_token_predictor(name):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_stage_two_trains_the_predictor_that_stage_three_loads(name):
-    fields = schema.build(predictor_task.Config, config(f"predictor_{name}"), "config.model")
+    fields = schema.build(predictor_task.Config, config(f"predictor:{name[-1]}"), "config.model")
     assert fields.net == task(name).config.predictor
     assert fields.tokenizer == task(name).config.tokenizer
 
