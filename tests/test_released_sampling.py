@@ -11,6 +11,7 @@ import released
 from addp_jax import diffusion, samplers
 from addp_jax.codecs import vqgan
 from addp_jax.models import pixel_to_token
+from addp_jax.ops import images
 from addp_jax.samplers import alternating
 
 pytestmark = pytest.mark.golden
@@ -57,9 +58,9 @@ def test_trajectory_agrees(name):
         assert int(at.num_masked) == gold["mask_len"][index]
         np.testing.assert_array_equal(carry.token_ids, gold["tokens"][index])
         np.testing.assert_array_equal(np.packbits(np.asarray(carry.mask), axis=-1), gold["masks_next"][index])
-        images = np.asarray(carry.image).transpose(0, 3, 1, 2)
+        decoded = np.asarray(carry.image).transpose(0, 3, 1, 2)
         for row in range(2):
-            for ours, theirs in ((logits[row], "logits_checksum"), (images[row], "xt_next_checksum")):
+            for ours, theirs in ((logits[row], "logits_checksum"), (decoded[row], "xt_next_checksum")):
                 expected = gold[theirs][index, row]
                 np.testing.assert_allclose(released.checksum(ours), expected, rtol=0, atol=CHECKSUM * expected[1])
         if name == "cosine20" and index % 6 == 0:
