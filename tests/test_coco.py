@@ -306,7 +306,11 @@ def test_boxes_hold_what_is_left_of_polygons(seed):
 
 
 def test_a_polygon_that_falls_apart_reaches_no_corner_by_its_bridge():
-    """An arch around the left top corner: only its right foot enters the picture."""
+    """A bracket around the left top corner enters the picture with its lower arm; an arch with its right foot."""
+    bracket = np.array([[-10, -10], [20, -10], [20, -5], [-5, -5], [-5, 5], [20, 5], [20, 10], [-10, 10]], float)
+    box, draw = coco.place_outline([bracket], coco.Placement(False, (30, 30), (30, 30), (0, 0), (30, 30)))
+    np.testing.assert_array_equal(box, [0, 5, 20, 10])
+    assert draw(16).all()
     arch = np.array([[-10, 20], [-10, -10], [20, -10], [20, 5], [15, 5], [15, -5], [-5, -5], [-5, 20]], float)
     box, draw = coco.place_outline([arch], coco.Placement(False, (30, 30), (30, 30), (0, 0), (30, 30)))
     np.testing.assert_array_equal(box, [15, 0, 20, 5])
@@ -314,9 +318,12 @@ def test_a_polygon_that_falls_apart_reaches_no_corner_by_its_bridge():
     around = np.array([[-9, -9], [40, -9], [40, 40], [35, 40], [35, -5], [-5, -5], [-5, 40], [-9, 40]], float)
     assert coco.place_outline([around], coco.Placement(False, (30, 30), (30, 30), (0, 0), (30, 30))) is None
     whole = np.array([[-9, -9], [40, -9], [40, 40], [-9, 40]], float)
-    box, draw = coco.place_outline([whole], coco.Placement(False, (30, 30), (30, 30), (0, 0), (20, 30)))
-    np.testing.assert_array_equal(box, [0, 0, 30, 20])
-    assert draw(16).all()
+    exact = np.array([[0, 0], [30, 0], [30, 20], [0, 20]], float)
+    diamond = np.array([[-10, 10], [15, -15], [40, 10], [15, 35]], float)  # its sides pass through the corners
+    for polygon in (whole, exact, exact[::-1], diamond):
+        box, draw = coco.place_outline([polygon], coco.Placement(False, (20, 30), (20, 30), (0, 0), (20, 30)))
+        np.testing.assert_array_equal(box, [0, 0, 30, 20])
+        assert draw(16).all()
 
 
 def test_polygons_and_bitmaps_are_moved_alike():
@@ -335,7 +342,7 @@ def test_a_sliver_of_a_long_object_is_drawn_in_little_memory():
     """Its box is thin, so that its polygon would be stretched to a million cells."""
     placement = coco.Placement(False, (600, 600), (600, 600), (0, 0), (600, 600))
     box, draw = coco.place_outline([np.array([[-500, 0], [1e-4, 0], [1e-4, 600], [-500, 600]], float)], placement)
-    assert box[2] == 1e-4 and draw(112).shape == (112, 112)
+    assert box[2] == 1e-4 and draw(112).all()
 
 
 def test_the_narrowest_picture_keeps_a_pixel():

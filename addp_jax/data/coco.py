@@ -151,8 +151,11 @@ def _area(points: np.ndarray) -> float:
 
 
 def draw_polygons(polygons: list[np.ndarray], box: np.ndarray, side: int) -> np.ndarray:
-    """bool [side,side]: the polygons within `box` = (x0, y0, x1, y1), which must hold them or nearly so."""
-    stretch = side / np.maximum(box[2:] - box[:2], 0.1)  # detectron2's floor: the canvas is not to become huge
+    """bool [side,side]: the polygons within `box` = (x0, y0, x1, y1), of some area, which holds them or nearly so.
+
+    What lies far outside of the box would cost memory by its distance in cells.
+    """
+    stretch = side / (box[2:] - box[:2])
     flat = [((polygon - box[:2]) * stretch).reshape(-1).tolist() for polygon in polygons]
     return rle.decode(rle.merge(rle.frPyObjects(flat, side, side))).astype(bool)
 
