@@ -215,8 +215,8 @@ def test_proposals(split, per_level, num, image):
 
 def test_padded_proposals_are_marked_and_levels_may_be_small():
     anchors, logits, deltas, size = given_levels(0)
-    found = proposals.propose(anchors[1:], logits[1:], deltas[1:], size, per_level=500, num=400)
-    best = proposals.propose(anchors[1:], logits[1:], deltas[1:], size, per_level=300, num=400)
+    propose = jax.jit(functools.partial(proposals.propose, num=400), static_argnames="per_level")
+    found, best = (propose(anchors[1:], logits[1:], deltas[1:], size, per_level=count) for count in (500, 300))
     jax.tree.map(np.testing.assert_array_equal, found, best)
     count = int(found.valid.sum())
     assert 20 < count < 375
@@ -227,14 +227,16 @@ def test_padded_proposals_are_marked_and_levels_may_be_small():
 def test_proposals_have_no_gradient_and_skip_what_is_not_finite():
     anchors, logits, deltas, size = given_levels(0)
 
+    propose = jax.jit(functools.partial(proposals.propose, per_level=50, num=40))
+
     def total(logits, deltas):
-        found = proposals.propose(anchors, logits, deltas, size, per_level=50, num=40)
+        found = propose(anchors, logits, deltas, size)
         return found.boxes.sum() + found.logits.sum()
 
     logits, deltas = list(map(jnp.asarray, logits)), list(map(jnp.asarray, deltas))
     assert not any(leaf.any() for leaf in jax.tree.leaves(jax.grad(total, (0, 1))(logits, deltas)))
     broken = [deltas[0].at[logits[0].argmax()].set(jnp.nan), *deltas[1:]]
-    found = proposals.propose(anchors, logits, broken, size, per_level=50, num=40)
+    found = propose(anchors, logits, broken, size)
     assert found.valid.all() and jnp.isfinite(found.boxes).all() and found.logits[0] < logits[0].max()
 
 
@@ -257,7 +259,8 @@ def test_detections(num):
 
 def test_detections_of_fewer_pairs_than_wanted():
     given = jnp.array([[0.0, 0, 10, 10]])
-    found = proposals.detect(jnp.array([[2.0, 0, 0]]), jnp.zeros((1, 2, 4)), given, jnp.ones(1, bool), jnp.array([9, 9]))
+    logits, deltas = jnp.array([[2.0, 0, 0]]), jnp.zeros((1, 2, 4))
+    found = jax.jit(proposals.detect)(logits, deltas, given, jnp.ones(1, bool), jnp.array([9, 9]))
     assert found.boxes.shape == (100, 4) and found.valid.sum() == 2
     np.testing.assert_allclose(found.boxes[:2], [[0, 0, 9, 9]] * 2)
 

@@ -53,6 +53,22 @@ def plain(features, box, bins, scale):
     return out / max(counts[0] * counts[1], 1)
 
 
+@pytest.mark.parametrize("bin_side", [0.001, 0.3, 1, 1.01, 1.2, 1.33, 2.05, 2.5, 9.7])
+def test_weights_find_every_sample(bin_side):
+    """Bins just above one cell hold the densest samples; starts are at, before and behind the borders."""
+    bins, cells, count = 5, 12, int(np.ceil(np.float32(bin_side)))
+    start = np.concatenate([np.linspace(-8, 14, 89), [-1, 0]]).astype(np.float32)
+    side = np.full_like(start, bin_side * bins)
+    span = roi_align.Span(start, side, jnp.full_like(start, cells))
+    found = roi_align.axis_weights(span, jnp.broadcast_to(jnp.arange(cells), (len(start), cells)), bins)
+    place = start[:, None, None] + (np.arange(bins)[:, None] + (np.arange(count) + 0.5) / count) * bin_side
+    tent = np.maximum(1 - np.abs(place.clip(0, cells - 1)[..., None] - np.arange(cells)), 0)
+    expected = (tent * ((place >= -1) & (place <= cells))[..., None]).sum(-2) / count
+    safe = (np.abs(place[..., None] - [-1, cells]) > 1e-4).all((-1, -2))  # no sample decided by rounding
+    np.testing.assert_allclose(np.asarray(found)[safe], expected[safe], atol=2e-5)
+    assert safe.mean() > 0.9
+
+
 def test_levels():
     found = roi_align.levels_of(jnp.asarray(golden()["level_boxes"]))
     np.testing.assert_array_equal(found, golden()["level_index"])
@@ -99,7 +115,7 @@ def test_long_boxes_read_several_windows(bins):
         ], np.float32,
     )  # fmt: skip
     boxes = np.stack([boxes, boxes[::-1]])
-    pooled = roi_align.pool(list(map(jnp.asarray, features)), jnp.asarray(boxes), bins)
+    pooled = jax.jit(roi_align.pool, static_argnums=2)(features, boxes, bins)
     levels = np.asarray(roi_align.levels_of(jnp.asarray(boxes)))
     for image, row in np.ndindex(levels.shape):
         level = levels[image, row]
@@ -115,13 +131,13 @@ def test_many_windows_and_padding(monkeypatch):
     corner = rng.uniform(0, 150, (2, 11, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(1, 100, (2, 11, 2))], -1).astype(np.float32)
     boxes[0, 3] = 0
-    few = roi_align.pool(features, jnp.asarray(boxes), 7)
+    few = jax.jit(lambda levels: roi_align.pool(levels, boxes, 7))(features)
     padded = jnp.pad(jnp.asarray(boxes), ((0, 0), (0, 6), (0, 0)))
-    many, backward = jax.vjp(lambda *levels: roi_align.pool(levels, padded, 7), *features)
+    many, backward = jax.vjp(jax.jit(lambda *levels: roi_align.pool(levels, padded, 7)), *features)
     np.testing.assert_array_equal(many[:, :11], few)
     assert not many[:, 11:].any() and not few[0, 3].any()
     monkeypatch.setattr(roi_align, "CHUNK", 128)
-    np.testing.assert_allclose(roi_align.pool(features, jnp.asarray(boxes), 7), few, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(lambda levels: roi_align.pool(levels, boxes, 7))(features), few, atol=1e-6)
     cotangent = jnp.asarray(rng.normal(size=many.shape), jnp.float32)
     products = sum((level * gradient).sum() for level, gradient in zip(features, backward(cotangent)))
     np.testing.assert_allclose(products, (many * cotangent).sum(), rtol=1e-4)
@@ -129,13 +145,13 @@ def test_many_windows_and_padding(monkeypatch):
 
 def test_under_vmap_and_in_bfloat16():
     features, boxes = pyramid(), both_boxes()
-    whole = pool(features, boxes, 7)
+    whole = jax.jit(pool, static_argnums=2)(features, boxes, 7)
 
     def single(features, boxes):
         return pool([level[None] for level in features], boxes[None], 7)[0]
 
-    np.testing.assert_allclose(jax.vmap(single)(features, boxes), whole, atol=1e-6)
-    half = pool([level.astype(jnp.bfloat16) for level in features], boxes, 7)
+    np.testing.assert_allclose(jax.jit(jax.vmap(single))(features, boxes), whole, atol=1e-6)
+    half = jax.jit(pool, static_argnums=2)([level.astype(jnp.bfloat16) for level in features], boxes, 7)
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(jnp.float32), whole, atol=0.05)
 

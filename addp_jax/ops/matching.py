@@ -1,4 +1,8 @@
-"""Which object an anchor or a proposal stands for, and which of them a loss looks at. As in detectron2."""
+"""Which object an anchor or a proposal stands for, and which of them a loss looks at. As in detectron2.
+
+For a batch: jax.vmap, on several devices inside `partition.per_device`, as for proposals. Matching holds the overlaps
+[M, A] of an image, 100 MiB with 100 objects at 1024 px; lax.map over images holds one at a time.
+"""
 
 from __future__ import annotations
 

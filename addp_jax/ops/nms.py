@@ -16,7 +16,7 @@ def keep_best(boxes: jax.Array, valid: jax.Array, *, threshold: float) -> jax.Ar
     answer. A round reads N x N bools; its number is the longest chain of boxes that decide about each other.
     """
     order = jnp.arange(boxes.shape[0])
-    over = (boxes_lib.iou(boxes, boxes) > threshold) & (order[:, None] < order[None]) & valid[:, None]
+    over = (boxes_lib.iou(boxes, boxes) > threshold) & (order[:, None] < order[None])
 
     def again(state):
         return state[1]

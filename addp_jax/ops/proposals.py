@@ -1,6 +1,7 @@
 """From network outputs to boxes: the RPN's proposals and the final detections of one image, padded to a fixed number.
 
-As in detectron2. No gradient flows through the boxes. For a batch: jax.vmap.
+As in detectron2. No gradient flows through the boxes. For a batch: jax.vmap, on several devices inside
+`partition.per_device`: XLA gathers the operand of a top-k from all devices otherwise, and NMS would wait for all.
 """
 
 from __future__ import annotations
