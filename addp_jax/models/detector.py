@@ -87,7 +87,7 @@ class BoxHead(nn.Module):
 
     @nn.compact
     def __call__(self, features):
-        """`features` [R,7,7,channels] -> logits float32 [R,C+1], the background last; deltas of each class float32 [R,C,4]."""
+        """`features` [R,7,7,channels] -> float32 logits [R,C+1], the background last, and deltas of each class [R,C,4]."""
         hidden = Convs(self.dtype, name="convs")(features)
         uniform = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
         hidden = layers.dense(self.width, "fc", self.dtype, uniform)(hidden.reshape(len(hidden), -1))
@@ -116,7 +116,7 @@ class MaskHead(nn.Module):
 
 
 def of_class(values, classes):
-    """`values` [R,...,C], `classes` int32 [R] -> [R,...]: those of each region's class, for a class below 0 those of class 0."""
+    """`values` [R,...,C], `classes` int32 [R] -> [R,...]: those of each region's class; a class below 0 counts as 0."""
     index = jnp.maximum(classes, 0).reshape(-1, *[1] * (values.ndim - 1))
     return jnp.take_along_axis(values, jnp.broadcast_to(index, (*values.shape[:-1], 1)), axis=-1)[..., 0]
 

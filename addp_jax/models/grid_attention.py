@@ -1,7 +1,7 @@
 """Attention over a grid of tokens: in windows or over the whole grid, with decomposed relative positions (ViTDet).
 
-The logit of the query at (i, j) and the key at (k, l) is scale * q.k + q.Rh[i-k] + q.Rw[j-l], the second and third term
-with the query as it is. They are dot products too, so that queries and keys are made longer by the two sides of the grid,
+The logit of the query at (i, j) and the key at (k, l) is scale * q.k + q.Rh[i-k] + q.Rw[j-l], the last two terms with
+the query as it is. They are dot products too, so that queries and keys are made longer by the two sides of the grid,
 
     [scale * q, q.Rh[i-0], q.Rh[i-1], ..., q.Rw[j-0], q.Rw[j-1], ...] . [k, onehot(k), onehot(l)],
 
@@ -22,14 +22,14 @@ import numpy as np
 from einops import rearrange
 
 CHUNK = 256  # queries
-KERNEL_INIT = nn.initializers.normal(0.02)  # PyTorch's trunc_normal_ cuts at -2 and 2, not at two deviations
+KERNEL_INIT = nn.initializers.normal(0.02)  # ViTDet's trunc_normal_ cuts at -2 and 2, not at two deviations
 
 
 class GridAttention(nn.Module):
     """Multi-head self-attention; softmax in float32.
 
-    `rel_pos_h` and `rel_pos_w` [rows, D/N] hold 2*table-1 rows that are read, for the distances 1-table ... table-1; the
-    rest is for other blocks of the same stack.
+    Of `rel_pos_h` and `rel_pos_w` [rows, D/N], the first 2*table-1 rows are read, of the distances 1-table ... table-1;
+    the others are for other blocks of the same stack.
     """
 
     heads: int

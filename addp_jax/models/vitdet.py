@@ -1,10 +1,10 @@
-"""The detector's backbone: a plain vision transformer with windowed attention, and the simple feature pyramid (ViTDet).
+"""The detector's backbone: a plain vision transformer with windows, and the simple feature pyramid (ViTDet).
 
-Of the blocks, `global_blocks` attend over the whole image, evenly spread: 3, 6, 9 and 12 of 12. So the stack is a row of
-equal groups, in each of which all blocks but the last have windows. It is scanned over the groups, and inside over the
-windowed blocks. The parameters are those of one stack of `depth` blocks, as in `vit`, for layer-wise learning rates and for
-the weights of a pre-trained encoder. The tables of relative positions are longer in global blocks: all blocks have
-them that long, and a windowed block reads the first rows only. The others stay zero.
+Of the blocks, `global_blocks` attend over the whole image, evenly spread: 3, 6, 9 and 12 of 12. So the stack is a row
+of equal groups, in each of which all blocks but the last have windows. It is scanned over the groups, and inside over
+the windowed blocks. The parameters are those of one stack of `depth` blocks, as in `vit`, for layer-wise learning
+rates and for the weights of a pre-trained encoder. The tables of relative positions are longer in global blocks: all
+blocks have them that long, and a windowed block reads the first rows only. The others stay zero.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Config:
     mlp_ratio: int = schema.field(4, least=1)
     image_size: int = schema.field(1024, least=1, tiny=64)  # pixels; side of the padded images
     patch_size: int = schema.field(16, least=1, tiny=4)  # pixels
-    pretrain_size: int = schema.field(256, least=1, tiny=16)  # pixels; grid of the stored position embeddings, resized on use
+    pretrain_size: int = schema.field(256, least=1, tiny=16)  # pixels; position embeddings are stored for it
     window: int = schema.field(14, least=1, tiny=6)  # tokens; side of a window
-    global_blocks: int = schema.field(4, least=1, tiny=1)  # blocks over the whole image, evenly spread, the last one of them
+    global_blocks: int = schema.field(4, least=1, tiny=1)  # evenly spread; the last block is one
     input_norm: bool = False  # LayerNorm between the embeddings and the first block: ADDP's pre-training has it
     # Of the last block; grows linearly from 0 at the first.
     drop_path: float = schema.field(0.1, least=0, below=1, matters=schema.TRAINING)
@@ -81,8 +81,8 @@ class Encoder(nn.Module):
     def __call__(self, image, size=None, train: bool = False):
         """`image` [B,H,W,3] in [0,1], `size` int32 [B,2] -> [B,h,w,D], no LayerNorm at the end.
 
-        size: height and width of the picture, top left in `image`; beyond them the mean colour is read, whatever is there.
-        None = the pictures fill their images. H and W are multiples of the patch size.
+        size: height and width of the picture, top left in `image`; beyond it the mean colour is read, whatever is
+        there. None = the pictures fill their images. H and W are multiples of the patch size.
         """
         config = self.config
         image = vit.normalize(image)
@@ -92,7 +92,8 @@ class Encoder(nn.Module):
         _, *grid, _ = patches.shape
         patches = rearrange(patches, "b h w c -> b (h w) c").astype(self.dtype)
         tokens = layers.dense(config.width, "patch_embed", self.dtype)(patches)
-        tokens = partition.constrain(tokens, "batch", "length", "embed")  # else the patches are gathered, not the kernel
+        # Else the patches are gathered, not the kernel.
+        tokens = partition.constrain(tokens, "batch", "length", "embed")
         # The first row, of the class token, is not read. It stays for the weights of an encoder, here and elsewhere.
         pos_embed = self.param("pos_embed", layers.EMBEDDING_INIT, (1 + config.length, config.width))
         tokens = tokens + resize_pos_embed(pos_embed[1:], grid)[None].astype(self.dtype)
@@ -198,10 +199,9 @@ class Pyramid(nn.Module):
 
     def _level(self, name: str, hidden):
         for part, size in (("lateral", 1), ("smooth", 3)):
-            conv = nn.Conv(
-                self.channels, (size, size), use_bias=False, kernel_init=TORCH_INIT, dtype=self.dtype, name=f"{name}_{part}"
-            )
-            hidden = layers.layer_norm(f"{name}_{part}_norm", dtype=self.dtype)(conv(hidden))
+            settings = dict(use_bias=False, kernel_init=TORCH_INIT, dtype=self.dtype, name=f"{name}_{part}")
+            hidden = nn.Conv(self.channels, (size, size), **settings)(hidden)
+            hidden = layers.layer_norm(f"{name}_{part}_norm", dtype=self.dtype)(hidden)
         return partition.constrain(hidden, "batch", None, None, "embed")
 
 
@@ -235,7 +235,7 @@ def inside(size, shape):
 
 
 def resize_pos_embed(pos_embed, grid):
-    """Position embeddings [L,D] of a square grid -> float32 [h*w,D]; bicubic as `vit.resize_pos_embed`, differentiable."""
+    """Position embeddings [L,D] of a square grid -> [h*w,D]: `vit.resize_pos_embed` for gradients, of any grid."""
     side = round(len(pos_embed) ** 0.5)
     if (side, side) == tuple(grid):
         return pos_embed

@@ -1,7 +1,7 @@
 """Weights of ViTDet's Mask R-CNN by detectron2's names, read and written.
 
-The names and sizes of all tensors are those of `configs/common/models/mask_rcnn_vitdet.py` of detectron2, with one stage of
-boxes and shared heads; everything else is refused. Windowed blocks have shorter tables of relative positions there.
+The names and sizes of all tensors are those of `configs/common/models/mask_rcnn_vitdet.py` of detectron2, which has one
+stage of boxes; all else is refused. Windowed blocks have shorter tables of relative positions there.
 """
 
 from __future__ import annotations

@@ -45,4 +45,5 @@ def load(path: str, init, config: vit.Config | vitdet.Config, field: str) -> dic
     encoder = dict(params[holder]["encoder"])
     encoder["pos_embed"] = vit.resize_pos_embed(encoder["pos_embed"], config.length)
     expected = jax.eval_shape(init, jax.random.key(0))
-    return parameters.match(encoder, expected, where=f"{field} ({path})", allow_missing=FRESH, allow_unexpected=OPTIONAL)
+    where = f"{field} ({path})"
+    return parameters.match(encoder, expected, where=where, allow_missing=FRESH, allow_unexpected=OPTIONAL)

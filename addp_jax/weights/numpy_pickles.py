@@ -1,4 +1,4 @@
-"""NumPy arrays out of pickles, read as data by `pickles`: no code of the file runs, and no array is larger than its bytes."""
+"""NumPy arrays out of pickles, read as data: no code of the file runs, and no array is larger than its bytes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def parts(value, count: int) -> tuple:
 
 def array(data, dtype, shape, order) -> np.ndarray:
     data, dtype = bytes_of(data), dtype_of(dtype)
-    if not isinstance(shape, tuple) or len(shape) > 32 or not all(isinstance(side, int) and side >= 0 for side in shape):
+    sides = shape if isinstance(shape, tuple) else (None,)
+    if len(sides) > 32 or not all(isinstance(side, int) and side >= 0 for side in sides):
         raise ValueError("its pickle has an array of an impossible shape")
     if math.prod(shape) * dtype.itemsize != len(data) or order not in ("C", "F"):
         raise ValueError("its pickle has an array that is not whole")
@@ -65,10 +66,10 @@ def bytes_of(data) -> bytes:
 
 
 def dtype_of(made) -> np.dtype:
-    if not isinstance(made, pickles.Made) or made.name != "numpy.dtype" or not isinstance(made.args, tuple) or not made.args:
+    if not isinstance(made, pickles.Made) or made.name != "numpy.dtype" or not isinstance(made.args, tuple):
         raise ValueError("its pickle has an array of an unknown type")
-    name, state = made.args[0], made.state
+    name, state = made.args[:1], made.state
     big = isinstance(state, tuple) and len(state) > 1 and state[1] == ">"
-    if not isinstance(name, str) or not DTYPE.fullmatch(name) or big:
+    if not name or not isinstance(name[0], str) or not DTYPE.fullmatch(name[0]) or big:
         raise ValueError("its pickle has an array of a type that no weights have")
-    return np.dtype(name)
+    return np.dtype(name[0])
