@@ -87,7 +87,7 @@ class BoxHead(nn.Module):
 
     @nn.compact
     def __call__(self, features):
-        """`features` [R,7,7,channels] -> float32 logits [R,C+1], the background last, and deltas of each class [R,C,4]."""
+        """`features` [R,7,7,channels] -> float32 logits [R,C+1], background last, and deltas of each class [R,C,4]."""
         hidden = Convs(self.dtype, name="convs")(features)
         uniform = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
         hidden = layers.dense(self.width, "fc", self.dtype, uniform)(hidden.reshape(len(hidden), -1))
