@@ -1,4 +1,4 @@
-"""Pictures of a run: grids of images with captions, films, a classifier's mistakes. Written whole or not at all."""
+"""Pictures of a run: grids of images with captions, films, mistakes, detections. Written whole or not at all."""
 
 import functools
 import io
@@ -6,7 +6,7 @@ import math
 import pathlib
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from addp_jax import errors, files
 
@@ -119,6 +119,34 @@ def _bars(axes, numbers, accuracy):
     axes.barh(range(len(numbers)), accuracy)
     axes.set(xlim=(0, 1), ylim=(-0.5, len(numbers) - 0.5), yticks=range(len(numbers)))
     axes.set_yticklabels(numbers)
+
+
+def detections(image, boxes, masks, names, scores=None):
+    """`image` [H,W,3] with objects drawn over it, uint8 [H,W,3]. Truth beside prediction: `grid` of two such pictures.
+
+    Each object has a colour: its mask is tinted with it, its box is outlined, and its name stands in the box's corner.
+
+    Args:
+      boxes: [N,4], (x0, y0, x1, y1) in pixels.
+      masks: bool [N,H,W], or None.
+      names: [N] texts.
+      scores: [N], 0..1, written behind the names; None = none. Higher ones lie on top.
+    """
+    canvas = to_uint8(image).copy()
+    order = range(len(boxes)) if scores is None else np.argsort(scores, kind="stable")
+    colours = [ImageColor.getrgb(f"hsl({222 * n % 360},90%,55%)") for n in range(len(boxes))]  # neighbours far apart
+    for n in order if masks is not None else ():
+        canvas[masks[n]] = canvas[masks[n]] // 2 + np.array(colours[n], np.uint8) // 2
+    picture, font = Image.fromarray(canvas), ImageFont.load_default()
+    draw = ImageDraw.Draw(picture)
+    for n in order:
+        x0, y0, x1, y1 = (float(end) for end in boxes[n])
+        draw.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=colours[n], width=2)
+        text = files.printable(str(names[n])) + ("" if scores is None else f" {scores[n]:.2f}")
+        corner = max(x0, 0), max(min(y0, picture.height - CAPTION_HEIGHT), 0)
+        draw.rectangle(draw.textbbox(corner, text, font=font), fill=colours[n])
+        draw.text(corner, text, fill="black", font=font)
+    return np.asarray(picture)
 
 
 def to_uint8(image):

@@ -42,6 +42,7 @@ HOMES = {
     "flax.nnx": (),
     "tensorboardX": ("addp_jax/training/reports.py",),
     "clu": ("addp_jax/training/reports.py",),
+    "pycocotools": ("addp_jax/data/", "addp_jax/metrics/detection.py"),
     "torch": ("addp_jax/weights/",),
     "ml_collections": ("addp_jax/main.py", "configs/"),
     "absl.flags": ("addp_jax/main.py",),

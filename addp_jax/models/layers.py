@@ -17,6 +17,7 @@ REMAT_POLICIES = {
 }
 HEAD_NORM_EPS = 1e-5  # the release's token heads use torch's default here
 EMBEDDING_INIT = nn.initializers.normal(0.02)
+XAVIER = nn.initializers.xavier_uniform()
 LAYOUT = (
     (r".*/block/attention/(query|key|value)/kernel", ("layers", "width", "heads")),
     (r".*/block/attention/(query|key|value)/bias", ("layers", "heads")),
@@ -55,8 +56,8 @@ def layer_norm(name: str | None = None, eps: float = LAYER_NORM_EPS, dtype=None)
     return nn.LayerNorm(epsilon=eps, use_fast_variance=False, dtype=dtype, name=name)
 
 
-def dense(features: int, name: str, dtype=None) -> nn.Dense:
-    return nn.Dense(features, kernel_init=nn.initializers.xavier_uniform(), dtype=dtype, name=name)
+def dense(features: int, name: str, dtype=None, kernel_init=XAVIER) -> nn.Dense:
+    return nn.Dense(features, kernel_init=kernel_init, dtype=dtype, name=name)
 
 
 class Attention(nn.Module):
@@ -95,13 +96,14 @@ class Mlp(nn.Module):
     ratio: int
     dropout: float
     dtype: jnp.dtype
+    kernel_init: nn.initializers.Initializer = XAVIER
 
     @nn.compact
     def __call__(self, tokens, train: bool):
         width = tokens.shape[-1]
-        hidden = jax.nn.gelu(dense(self.ratio * width, "fc1", self.dtype)(tokens), approximate=False)
+        hidden = jax.nn.gelu(dense(self.ratio * width, "fc1", self.dtype, self.kernel_init)(tokens), approximate=False)
         hidden = Dropout(self.dropout)(hidden, train)
-        out = dense(width, "fc2", self.dtype)(hidden)
+        out = dense(width, "fc2", self.dtype, self.kernel_init)(hidden)
         return Dropout(self.dropout)(out, train)
 
 

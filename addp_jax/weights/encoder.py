@@ -8,15 +8,18 @@ import jax
 import numpy as np
 
 from addp_jax import errors, parameters, weights
-from addp_jax.models import vit
+from addp_jax.models import vit, vitdet
 
 HOLDERS = ("pixel_to_token", "classifier")  # networks with such an encoder
-OPTIONAL = ("input_norm/", "final_norm/")  # left behind where the network has none
+OPTIONAL = ("input_norm/", "final_norm/", "class_token")  # left behind where the network has none
+FRESH = (".*/rel_pos_[hw]",)  # that start new, as no such run has them
 SETTINGS = ("heads", "patch_size")  # that must be those of the run; other image sizes and norms are fitted
 
 
-def load(path: str, init, config: vit.Config, field: str) -> dict:
+def load(path: str, init, config: vit.Config | vitdet.Config, field: str) -> dict:
     """Encoder parameters as nested numpy arrays; position embeddings are resized to the network's grid.
+
+    Those of a detector's relative positions are left out, since the run has none.
 
     Args:
       path: run folder of the tasks `addp` or `classification`, or a weight file of ADDP; or "random".
@@ -41,6 +44,6 @@ def load(path: str, init, config: vit.Config, field: str) -> dict:
     weights.check_settings(settings, config, f"{field} ({path})", names=SETTINGS)
     encoder = dict(params[holder]["encoder"])
     encoder["pos_embed"] = vit.resize_pos_embed(encoder["pos_embed"], config.length)
-    return parameters.match(
-        encoder, jax.eval_shape(init, jax.random.key(0)), where=f"{field} ({path})", allow_unexpected=OPTIONAL
-    )
+    expected = jax.eval_shape(init, jax.random.key(0))
+    where = f"{field} ({path})"
+    return parameters.match(encoder, expected, where=where, allow_missing=FRESH, allow_unexpected=OPTIONAL)

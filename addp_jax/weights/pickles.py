@@ -28,12 +28,15 @@ PERSISTENT = "persistent id"  # name of a `Made` for what the pickle says is sto
 
 
 class Made:
-    """What stands for a class (`args` is None), for what one would have made from `args`, or for a persistent id."""
+    """What stands for a class (`args` is None), for what one would have made from `args`, or for a persistent id.
 
-    __slots__ = ("name", "args")
+    state: what the pickle would have set on it afterwards.
+    """
+
+    __slots__ = ("name", "args", "state")
 
     def __init__(self, name: str, args=None):
-        self.name, self.args = name, args
+        self.name, self.args, self.state = name, args, None
 
 
 class Machine:
@@ -126,8 +129,10 @@ class Machine:
                 stack.append(self.made(maker, tuple(args)))
             case "INST":
                 stack.append(self.made(Made(arg.replace(" ", ".")), tuple(self.above_mark())))
-            case "BUILD":  # sets attributes, which nothing here reads
-                self.pop(1)
+            case "BUILD":
+                (state,) = self.pop(1)
+                if isinstance(stack[-1], Made):
+                    stack[-1].state = state
             case "BINPERSID":
                 stack.append(Made(PERSISTENT, self.pop(1)[0]))
                 self.persistent.append(stack[-1])
