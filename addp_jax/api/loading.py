@@ -48,7 +48,8 @@ def load(path: str, size: str, dtype: str, given: Mapping[str, str]) -> Model:
         frozen = load_frozen(run, path)
         weights.check_frozen(path, identity, frozen)
         networks = run.place(params), run.place(frozen)
-    return Model(run, networks, class_names(run.task, identity))
+    names = tasks.class_names(run.task, identity) if isinstance(run.task, tasks.Classifier) else ()
+    return Model(run, networks, names)
 
 
 def of_run(workdir: str) -> program.Config:
@@ -168,11 +169,3 @@ def load_frozen(run: program.Program, path: str) -> dict:
                 advice = f"give {name}=PATH, a work directory or a weight file"
                 raise errors.UserError(f"config.model.{field}: {where}; {advice}") from error
         raise
-
-
-def class_names(task: tasks.Task, identity: dict) -> tuple[str, ...]:
-    """Of a classifier: those that the run has on record, else numbers."""
-    if not isinstance(task, tasks.Classifier):
-        return ()
-    names = tuple(identity.get("data", {}).get("classes", ()))[: task.num_classes]
-    return (*names, *(f"class {n}" for n in range(len(names), task.num_classes)))

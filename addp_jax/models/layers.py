@@ -33,23 +33,29 @@ LAYOUT = (
 
 
 @schema.config
-class TransformerConfig:
+class BlockConfig:
     """Size of a stack of pre-norm transformer blocks."""
 
     width: int = schema.field(768, least=1, tiny=16)  # D
     depth: int = schema.field(12, least=1, tiny=2)  # blocks
     heads: int = schema.field(12, least=1, tiny=2)  # N
     mlp_ratio: int = schema.field(4, least=1)
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"heads: {self.heads} does not divide width={self.width}")
+
+
+@schema.config
+class TransformerConfig(BlockConfig):
+    """A stack as `Blocks` computes it."""
+
     # Of attention weights, attention output and both MLP layers.
     dropout: float = schema.field(0.1, least=0, below=1, matters=schema.TRAINING)
     # Of the last block; grows linearly from 0 at the first.
     drop_path: float = schema.field(0.0, least=0, below=1, matters=schema.TRAINING)
     # What the backward pass computes again: none | dots (all but matmul outputs) | full.
     remat: str = schema.field("none", choices=("none", *REMAT_POLICIES), matters=schema.NOTHING, tiny="none")
-
-    def __post_init__(self):
-        if self.width % self.heads:
-            raise ValueError(f"heads: {self.heads} does not divide width={self.width}")
 
 
 def layer_norm(name: str | None = None, eps: float = LAYER_NORM_EPS, dtype=None) -> nn.LayerNorm:

@@ -29,13 +29,9 @@ LAYOUT = (
 
 
 @schema.config
-class Config:
+class Config(layers.BlockConfig):
     """The vision transformer; `image_size` / `patch_size` gives the grid of the relative positions."""
 
-    width: int = schema.field(768, least=1, tiny=16)  # D
-    depth: int = schema.field(12, least=1, tiny=2)  # blocks
-    heads: int = schema.field(12, least=1, tiny=2)  # N
-    mlp_ratio: int = schema.field(4, least=1)
     image_size: int = schema.field(1024, least=1, tiny=64)  # pixels; side of the padded images
     patch_size: int = schema.field(16, least=1, tiny=4)  # pixels
     pretrain_size: int = schema.field(256, least=1, tiny=16)  # pixels; position embeddings are stored for it
@@ -48,8 +44,7 @@ class Config:
     remat: str = schema.field("none", choices=("none", *layers.REMAT_POLICIES), matters=schema.NOTHING, tiny="none")
 
     def __post_init__(self):
-        if self.width % self.heads:
-            raise ValueError(f"heads: {self.heads} does not divide width={self.width}")
+        layers.BlockConfig.__post_init__(self)
         if self.depth % self.global_blocks:
             raise ValueError(f"global_blocks: {self.global_blocks} does not divide depth={self.depth}")
         for name in ("image_size", "pretrain_size"):

@@ -142,7 +142,6 @@ def given_names(program) -> tuple[str, ...]:
 
 def recorded_names(program, identity: dict, workdir: str) -> tuple[str, ...]:
     """One per class of the network: those that the run has on record, else numbers."""
-    names = tuple(identity.get("data", {}).get("classes", ()))
-    if not names:
+    if not identity.get("data", {}).get("classes"):
         print(f"classes are numbered: {workdir} has no names on record; name them with config.data.class_names")
-    return (*names, *(f"class {n}" for n in range(len(names), program.task.num_classes)))
+    return tasks.class_names(program.task, identity)

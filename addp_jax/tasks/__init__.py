@@ -174,6 +174,12 @@ def require(task: Task, name: str, protocol: type) -> None:
         raise errors.UserError(f"config.task: {name} does not {ABILITIES[protocol]}; use {' or '.join(able)}")
 
 
+def class_names(task: Classifier, identity: dict) -> tuple[str, ...]:
+    """One per class of the network: those that a run has on record in its `identity`, else numbers."""
+    names = tuple(identity.get("data", {}).get("classes", ()))
+    return (*names, *(f"class {n}" for n in range(len(names), task.num_classes)))
+
+
 def image_example(image_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     return {"image": jax.ShapeDtypeStruct((image_size, image_size, 3), np.uint8)}
 
