@@ -263,7 +263,7 @@ def test_shapes_have_a_default_size_and_the_wanted_image_size():
 @pytest.mark.parametrize(
     "fields, match",
     [
-        ({"source": "imagefolder"}, "config.data.source = 'imagefolder'; choose array_record, image_folder"),
+        ({"source": "imagefolder"}, "config.data.source = 'imagefolder'; choose array_record, coco, image_folder"),
         ({"source": "image_folder"}, "config.data.path is empty"),
         ({"num_train": -1}, "config.data.num_train: -1; use at least 0"),
         ({"workers": -1}, "config.data.workers: -1; use at least 0"),
