@@ -20,7 +20,7 @@ LARS_TRUST, LARS_MOMENTUM = 1e-3, 0.9  # MAE's linear probe
 
 @schema.config
 class Config:
-    """AdamW or LARS with linear warm-up and half-cosine decay, per step.
+    """AdamW or LARS with linear warm-up, then a schedule, per step.
 
     Departs from MAE's LARS: optax multiplies by the learning rate before the momentum is added up, MAE after; the two
     differ while the learning rate changes.
@@ -28,9 +28,12 @@ class Config:
 
     optimizer: str = schema.field("adamw", choices=("adamw", "lars"))  # betas and eps do not count for lars
     base_lr: float = schema.field(1e-4, above=0, tiny=1e-2)  # at a batch of 256; the learning rate is base_lr * batch / 256
+    schedule: str = schema.field("cosine", choices=("cosine", "linear", "drops"))  # after the warm-up
     min_lr: float = schema.field(0.0, least=0)  # at the end of the half cosine
-    warmup_epochs: float = schema.field(40.0, least=0)  # linear from 0; counts where epochs is set
+    drops: tuple[float, ...] = schema.field((8 / 9, 26 / 27), above=0, below=1)  # of the run, where the rate falls to a tenth
+    warmup_epochs: float = schema.field(40.0, least=0)  # linear; counts where epochs is set
     warmup_steps: int = schema.field(0, least=0, tiny=1)  # counts where steps is set
+    warmup_from: float = schema.field(0.0, least=0, most=1)  # of the learning rate, at step 0
     betas: tuple[float, float] = schema.field((0.9, 0.95), least=0, below=1)
     eps: float = schema.field(1e-8, above=0)
     weight_decay: float = schema.field(0.05, least=0)
@@ -79,7 +82,12 @@ def require_batch(num_examples: int, batch_size: int) -> None:
 
 
 def schedule(config: Config, run: Length, batch_size: int) -> optax.Schedule:
-    """Learning rate at an optimizer step: linear from 0, then half cosine to `min_lr`."""
+    """Learning rate at an optimizer step: a linear warm-up, then
+
+    cosine  half a cosine to `min_lr`, as in MAE's and ADDP's release
+    linear  a line to 0 at the last step; as mmengine counts, the warm-up ends one step earlier and waits there
+    drops   a tenth of it from each of `drops` on, as in detectron2
+    """
     peak = config.base_lr * batch_size / 256
     if config.min_lr > peak:
         raise errors.UserError(
@@ -90,13 +98,16 @@ def schedule(config: Config, run: Length, batch_size: int) -> optax.Schedule:
         raise errors.UserError(
             f"config.optim: warm-up of {run.warmup} steps in a run of {run.total} steps; lower warmup_epochs or warmup_steps"
         )
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, peak, max(run.warmup, 1)),
-            optax.cosine_decay_schedule(peak, run.total - run.warmup, config.min_lr / peak),
-        ],
-        [run.warmup],
-    )
+    warmup, left = run.warmup, run.total - run.warmup
+    if config.schedule == "linear":
+        warmup, after = run.warmup - 1, optax.linear_schedule(peak, 0.0, max(left - 1, 1))
+    elif config.schedule == "drops":
+        places = {round(share * run.total) - run.warmup: 0.1 for share in config.drops}
+        after = optax.piecewise_constant_schedule(peak, places)
+    else:
+        after = optax.cosine_decay_schedule(peak, left, config.min_lr / peak)
+    start = optax.linear_schedule(config.warmup_from * peak, peak, max(warmup, 1))
+    return optax.join_schedules([start, after], [run.warmup])
 
 
 def decay_mask(params, not_decayed: tuple[str, ...] = NOT_DECAYED):

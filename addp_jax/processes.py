@@ -7,6 +7,7 @@ order; that the first one alone writes and prints is the only difference between
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -82,6 +83,19 @@ def agreed(flag: bool) -> bool:
 def from_first(array) -> np.ndarray:
     """The first process's array, in every process; all of them must call it."""
     return np.asarray(multihost_utils.broadcast_one_to_all(array)) if jax.process_count() > 1 else array
+
+
+def gathered(values: dict) -> dict:
+    """`values` of all processes in one, as JSON takes them; of equal keys one is kept. All of them must call it."""
+    if jax.process_count() == 1:
+        return values
+    own = np.frombuffer(json.dumps(values).encode(), np.uint8)
+    longest = int(np.max(multihost_utils.process_allgather(np.asarray(len(own)))))
+    padded = np.pad(own, (0, longest - len(own)), constant_values=ord(" "))
+    merged = {}
+    for row in multihost_utils.process_allgather(padded):
+        merged |= json.loads(row.tobytes())
+    return merged
 
 
 class Interrupt:

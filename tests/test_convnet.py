@@ -74,7 +74,7 @@ def test_two_plain_classes_are_learned():
     state = optimizer.init(params)
     for n in range(60):
         params, state = step(params, state, batch(32, n), jax.random.key(n))
-    scalars, images = task.evaluate(params, {}, [batch(32, 1000)])
+    scalars, images, _ = task.evaluate(params, {}, [batch(32, 1000)], None)
     assert scalars["accuracy"] > 0.95 and 0.8 < scalars["confidence"] <= 1
     assert images["predictions"].ndim == 3
 
@@ -89,8 +89,8 @@ def test_evaluation_counts_valid_examples_only():
     logits = task.net.apply({"params": params["convnet"]}, whole["image"] / 255.0)
     right = whole | {"valid": np.asarray(logits).argmax(-1) == whole["label"]}
     assert 0 < right["valid"].sum() < 16
-    assert task.evaluate(params, {}, [right])[0]["accuracy"] == 1.0
-    assert task.evaluate(params, {}, [])[0] == {}
+    assert task.evaluate(params, {}, [right], None)[0]["accuracy"] == 1.0
+    assert task.evaluate(params, {}, [], None)[0] == {}
 
 
 def test_spoiled_images_have_no_class():

@@ -75,7 +75,7 @@ class Task(tasks.Task):
         loss = self.config.weight * ((found - batch["phase"]) ** 2).mean()
         return loss, {"loss": loss}
 
-    def evaluate(self, params, frozen, batches):
+    def evaluate(self, params, frozen, batches, source):
         losses = [float(self.loss(params, frozen, batch, None, False)[0]) for batch in batches]
         return tasks.Results({"loss": sum(losses) / len(losses)}, {})
 '''

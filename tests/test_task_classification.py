@@ -76,7 +76,7 @@ def test_two_plain_classes_are_learned():
     state = optimizer.init(params)
     for n in range(60):
         params, state = step(params, state, batch(16, n), jax.random.key(n))
-    scalars, images = task.evaluate(params, {}, [batch(32, 1000)])
+    scalars, images, _ = task.evaluate(params, {}, [batch(32, 1000)], None)
     assert scalars["top1"] > 0.95 and scalars["top5"] == 1.0
     assert scalars["class_worst"] == min(scalars["class/0"], scalars["class/1"]) > 0.9
     assert images["confusion"].ndim == 3 and images["confusion"].dtype == np.uint8
@@ -88,9 +88,9 @@ def test_evaluation_counts_valid_examples_only():
     whole = batch(16)
     right = np.asarray(jit(task.logits)(params, {}, whole["image"])).argmax(-1) == whole["label"]
     assert 0 < right.sum() < 16
-    scalars, _ = task.evaluate(params, {}, [whole | {"valid": right}])
+    scalars, _, _ = task.evaluate(params, {}, [whole | {"valid": right}], None)
     assert scalars["top1"] == 1.0
-    assert task.evaluate(params, {}, []) == ({}, {})
+    assert task.evaluate(params, {}, [], None) == ({}, {}, {})
 
 
 def test_mixing_and_drop_path_happen_in_training_only():
@@ -98,7 +98,7 @@ def test_mixing_and_drop_path_happen_in_training_only():
     params = with_head(params)
     loss = jit(lambda seed: task.loss(params, {}, batch(), jax.random.key(seed), True)[0])
     assert float(loss(0)) != float(loss(1))
-    once, twice = (task.evaluate(params, {}, [batch()])[0] for _ in range(2))
+    once, twice = (task.evaluate(params, {}, [batch()], None)[0] for _ in range(2))
     assert once == twice
 
 

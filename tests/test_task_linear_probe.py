@@ -138,7 +138,7 @@ def test_evaluation_reports_the_probe_and_the_neighbours(cache):
     task = make(cache, neighbours=1)
     held_out = task.open_source("train", SHAPES)  # the training examples themselves: each is its own neighbour
     batch = {"features": held_out.features, "label": held_out.labels, "valid": np.arange(48) < 40}
-    scalars, images = task.evaluate(task.init(jax.random.key(0)), {}, [batch])
+    scalars, images, _ = task.evaluate(task.init(jax.random.key(0)), {}, [batch], None)
     assert {"loss", "top1", "top5", "knn_top1", "knn_plain_top1"} <= set(scalars) and "confusion" in images
     assert scalars["knn_top1"] > 0.9
 

@@ -205,7 +205,7 @@ def evaluate(batches):
     task, params = make(ALONE)
     mesh = partition.make_mesh(partition.Config(), jax.devices()[:2])
     with jax.set_mesh(mesh):
-        return task.evaluate(params, {}, [jax.device_put(one, partition.batch_sharding(mesh)) for one in batches])
+        return task.evaluate(params, {}, [jax.device_put(one, partition.batch_sharding(mesh)) for one in batches], None)
 
 
 def test_evaluation_counts_every_valid_example_once():
@@ -265,7 +265,7 @@ def test_perceptual_term_comes_with_its_weights_and_trains_the_tokenizer(tmp_pat
     safetensors.numpy.save_file(lpips, tmp_path / "lpips.safetensors")
     with_lpips = dataclasses.replace(config, lpips_weights=str(tmp_path / "lpips.safetensors"))
     task = task_tokenizer.Task(with_lpips, jnp.float32)
-    scalars, _ = task.evaluate(params, frozen, [batch()])
+    scalars, _, _ = task.evaluate(params, frozen, [batch()], None)
     # With all channel weights 1 it is the training's distance summed, not averaged, over the stages.
     image = batch()["image"].astype(np.float32) / 255
     found = jnp.clip(task.reconstruct(params, frozen, image), 0, 1)

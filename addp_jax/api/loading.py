@@ -48,7 +48,7 @@ def load(path: str, size: str, dtype: str, given: Mapping[str, str]) -> Model:
         frozen = load_frozen(run, path)
         weights.check_frozen(path, identity, frozen)
         networks = run.place(params), run.place(frozen)
-    names = tasks.class_names(run.task, identity) if isinstance(run.task, tasks.Classifier) else ()
+    names = tasks.class_names(run.task, identity) if isinstance(run.task, tasks.KnowsClasses) else ()
     return Model(run, networks, names)
 
 

@@ -13,7 +13,7 @@ class Part(sources.Source):
         if size > len(source):
             raise errors.UserError(f"{source!r} has {len(source)} examples, fewer than the {size} asked for")
         self.source, self.size = source, size
-        self.classes, self.labelled = source.classes, source.labelled
+        self.classes, self.labelled, self.has_objects = source.classes, source.labelled, source.has_objects
         self._chosen = spread(len(source), size)
 
     def __len__(self) -> int:
@@ -24,6 +24,10 @@ class Part(sources.Source):
 
     def __repr__(self) -> str:
         return f"Part({self.source!r}, {self.size})"
+
+    def ground_truth(self) -> dict | None:
+        """Of the whole source."""
+        return self.source.ground_truth()
 
     def fingerprint(self, times: bool = False) -> str:
         return f"{self.size} of {self.source.fingerprint(times)}"

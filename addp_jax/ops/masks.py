@@ -51,6 +51,20 @@ def _interpolation(low, high, cells: int, pixels: int) -> tuple[slice, np.ndarra
     return slice(first, last), np.maximum(1 - distance, 0)
 
 
+def in_original(found, probs: np.ndarray, scale: np.ndarray, size: np.ndarray):
+    """The detections of one image, in the image: boxes [N,4], scores [N], classes [N], masks bool [N,H,W].
+
+    Args:
+      found: `proposals.Detections` of the image, on the host.
+      probs: [K,n,n], their masks.
+      scale, size: see `to_original`.
+    """
+    boxes, inside = to_original(found.boxes, scale, size)
+    keep = found.valid & inside
+    boxes = boxes[keep]
+    return boxes, found.scores[keep], found.classes[keep], paste(probs[keep], boxes, *size)
+
+
 def to_original(boxes: np.ndarray, scale: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Boxes [N, 4] of the network's picture in the original image, cut to it, and bool [N]: which are not empty.
 

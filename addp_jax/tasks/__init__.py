@@ -17,6 +17,7 @@ import numpy as np
 
 from addp_jax import errors, parameters, partition, samplers, schema
 from addp_jax.data import pipeline, sources, transforms, walk
+from addp_jax.ops import proposals
 
 
 class Results(NamedTuple):
@@ -24,6 +25,7 @@ class Results(NamedTuple):
 
     scalars: dict[str, float]
     images: dict[str, np.ndarray]  # [H,W,3] by name, uint8 or float in [0,1]
+    files: dict[str, str] = {}  # text by name, for the mode evaluate
 
 
 @runtime_checkable
@@ -44,8 +46,13 @@ class Task(Protocol):
 
     @property
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """What one element of a batch of training or evaluation holds: shapes without the batch's axis."""
+        """What one element of a batch of training holds: shapes without the batch's axis."""
         return image_example(self.image_size)
+
+    @property
+    def evaluation_fields(self) -> tuple[str, ...]:
+        """Names of what `evaluate` reads of an example."""
+        return tuple(self.example)
 
     def init(self, rng: jax.Array) -> dict:
         """The trained networks' parameters by name. Pure: it is jitted, and traced without running for plans."""
@@ -71,8 +78,8 @@ class Task(Protocol):
         """(scalar, {name: scalar}) of a batch, whose images are uint8 [B,H,W,3]."""
         ...
 
-    def evaluate(self, params: dict, frozen: dict, batches: Iterable[dict]) -> Results:
-        """Over padded batches, which hold "valid" bool [B] beside the fields of `example`."""
+    def evaluate(self, params: dict, frozen: dict, batches: Iterable[dict], source: sources.Source) -> Results:
+        """Over padded batches of the examples of `source`; they hold "valid" bool [B] beside the fields of an example."""
         ...
 
 
@@ -124,10 +131,15 @@ class Recogniser(Task, Protocol):
 
 
 @runtime_checkable
-class Classifier(Recogniser, Protocol):
-    """A task whose network names one of `num_classes` classes for each image."""
+class KnowsClasses(Task, Protocol):
+    """A task whose network tells `num_classes` classes apart."""
 
     num_classes: int
+
+
+@runtime_checkable
+class Classifier(Recogniser, KnowsClasses, Protocol):
+    """A task whose network names a class for each image."""
 
     @property
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -147,7 +159,20 @@ class Classifier(Recogniser, Protocol):
         return Labelled(image_transform(split, data, self.image_size, self.crop_pct), self.num_classes)
 
 
-ABILITIES: dict[type, str] = {Generator: "draw images", Autoencoder: "reconstruct images", Recogniser: "have features of images", Classifier: "name classes"}
+@runtime_checkable
+class Detector(KnowsClasses, Protocol):
+    """A task whose network finds objects."""
+
+    def detect(self, params: dict, frozen: dict, image: jax.Array, size: jax.Array) -> tuple[proposals.Detections, jax.Array]:
+        """`image` uint8 [B,S,S,3] with pictures of `size` int32 [B,2] in the top left corner -> detections in S x S, [B,K]
+        each, and their masks float32 [B,K,n,n], probabilities within their boxes."""
+        ...
+
+
+ABILITIES: dict[type, str] = {
+    Generator: "draw images", Autoencoder: "reconstruct images", Recogniser: "have features of images",
+    Classifier: "name classes", Detector: "find objects",
+}  # fmt: skip
 
 
 def names() -> list[str]:
@@ -174,7 +199,7 @@ def require(task: Task, name: str, protocol: type) -> None:
         raise errors.UserError(f"config.task: {name} does not {ABILITIES[protocol]}; use {' or '.join(able)}")
 
 
-def class_names(task: Classifier, identity: dict) -> tuple[str, ...]:
+def class_names(task: KnowsClasses, identity: dict) -> tuple[str, ...]:
     """One per class of the network: those that a run has on record in its `identity`, else numbers."""
     names = tuple(identity.get("data", {}).get("classes", ()))
     return (*names, *(f"class {n}" for n in range(len(names), task.num_classes)))

@@ -104,7 +104,7 @@ class Task(tasks.Generator, tasks.Recogniser):
         logits = self.predictor.apply({"params": params}, token_ids, mask, train=dropout, rngs={"dropout": rng})
         return jax.lax.stop_gradient(jax.nn.softmax(logits[..., : self.config.predictor.num_codes]))
 
-    def evaluate(self, params, frozen, batches):
+    def evaluate(self, params, frozen, batches, source):
         """Loss over `batches`, also by mask ratio; pictures of original, corrupted and predicted images, and samples."""
         key, shown, by_ratio = keys.of(0, "evaluation"), [], averages.ByMaskRatio()
 

@@ -75,7 +75,7 @@ class Task(tasks.Classifier):
         """What the classes are read off."""
         return self.net.apply({"params": params["classifier"]}, images.to_unit(image), method="features")
 
-    def evaluate(self, params, frozen, batches):
+    def evaluate(self, params, frozen, batches, source):
         """Loss, top-1 and top-5 accuracy and that of the classes; the confusion picture."""
         logits = functools.partial(self._logits, params, frozen)
         return report(((logits(batch["image"]), batch["label"], batch["valid"]) for batch in batches), self.num_classes)

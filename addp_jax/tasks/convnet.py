@@ -77,7 +77,7 @@ class Task(tasks.Classifier):
         }
         return values, kept
 
-    def evaluate(self, params, frozen, batches):
+    def evaluate(self, params, frozen, batches, source):
         """Loss, accuracy and mean probability of the top class; the first images with their predicted class number."""
         predict = jax.jit(functools.partial(self._per_example, rng=None, train=False))
         shown = {}

@@ -138,7 +138,7 @@ class Task(tasks.Classifier):
     def logits(self, params, frozen, image):
         return self._logits(params, self.features(params, frozen, image))
 
-    def evaluate(self, params, frozen, batches):
+    def evaluate(self, params, frozen, batches, source):
         """As the task `classification`; knn_top1 (weighted votes), knn_plain_top1 (one vote each)."""
         config, bank, found = self.config, self.opened["train"], []
         k = min(config.neighbours, len(bank))

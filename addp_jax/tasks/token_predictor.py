@@ -95,7 +95,7 @@ class Task(tasks.Generator):
         kept = jnp.argsort(order < num_dropped, axis=-1, stable=True)[:, : length - num_dropped]
         return order < num_masked, kept
 
-    def evaluate(self, params, frozen, batches):
+    def evaluate(self, params, frozen, batches, source):
         """Loss, also by mask ratio, and accuracy over `batches`; a grid of samples from the predictor alone."""
         key, losses = keys.of(0, "evaluation"), averages.ByMaskRatio()
 

@@ -137,7 +137,7 @@ class Task(tasks.Autoencoder):
         }
         return terms, {"logits_real": real.mean(), "logits_fake": fake.mean()}
 
-    def evaluate(self, params, frozen, batches):
+    def evaluate(self, params, frozen, batches, source):
         """Exact means over the valid examples of `mse`, `psnr`, `ssim` and, with its weights, `lpips` (of clipped
         reconstructions), and how many codes the whole set uses; the picture has reconstructions below their originals."""
         totals, first = None, None

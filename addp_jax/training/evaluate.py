@@ -25,11 +25,11 @@ def run(program, state, frozen) -> tuple[dict, dict]:
     config, source = program.config, program.source("eval")
     wanted = config.eval_batches * config.batch_size
     examples = part.Part(source, wanted) if 0 < wanted < len(source) else source
-    scalars, images = task_results(program, params, frozen, examples)
+    scalars, images, _ = task_results(program, params, frozen, examples)
     return scalars | distances(program, params, frozen)[0], images
 
 
-def task_results(program, params, frozen, source) -> tuple[dict, dict]:
+def task_results(program, params, frozen, source) -> tasks.Results:
     """The task's evaluation of all examples of `source`.
 
     The scalars hold how many `images` were evaluated, `of` how many; of a part, the other names begin with `part/`.
@@ -38,10 +38,10 @@ def task_results(program, params, frozen, source) -> tuple[dict, dict]:
         raise errors.UserError("config.data: the evaluation split is empty")
     size = partition.batch_size(program.config.batch_size, program.mesh)
     batches = on_device(program, source, size)
-    scalars, images = program.task.evaluate(params, frozen, batches)
+    scalars, *more = program.task.evaluate(params, frozen, batches, source)
     used, of = len(source), total(source)
     prefix = "part/" if used < of else ""
-    return {prefix + name: value for name, value in scalars.items()} | {"images": used, "of": of}, images
+    return tasks.Results({prefix + name: value for name, value in scalars.items()} | {"images": used, "of": of}, *more)
 
 
 def total(source) -> int:
@@ -54,7 +54,7 @@ def on_device(program, source, batch_size: int):
     config = program.config.data
     batches = pipeline.eval_batches(
         source, program.task.transform("eval", config), batch_size=batch_size, config=config,
-        rows=partition.rows(program.mesh, batch_size), fields=program.task.example,
+        rows=partition.rows(program.mesh, batch_size), fields=program.task.evaluation_fields,
     )  # fmt: skip
     return pipeline.to_device(batches, partition.batch_sharding(program.mesh))
 
@@ -134,20 +134,23 @@ def images_of(task, mesh):
 
 
 def evaluate(program, workdir: str) -> None:
-    """`--mode=evaluate`: prints the results over the whole evaluation split as one JSON line, writes the pictures to `workdir`."""
+    """`--mode=evaluate`: prints the results over the whole evaluation split as one JSON line, writes pictures and files."""
     folder = os.path.join(workdir, "evaluation")
     files.require_writable(folder, "workdir")
     with jax.set_mesh(program.mesh):
         (params, frozen), identity = program.load(workdir)
         source = program.source("eval")
-        if isinstance(program.task, tasks.Classifier) and "data" in identity:
+        if isinstance(program.task, tasks.KnowsClasses) and "data" in identity:
             check_classes(workdir, identity["data"].get("classes"), source)
-        scalars, images = task_results(program, params, frozen, source)
+        scalars, images, texts = task_results(program, params, frozen, source)
         measures, provenance = distances(program, params, frozen)
     if jax.process_index() == 0:
         try:
             for path in pictures.save_pictures(folder, images):
                 print(path)
+            for name, text in texts.items():
+                files.write_text(os.path.join(folder, name), text)
+                print(os.path.join(folder, name))
         except OSError as error:
             raise errors.UserError(f"cannot write to {folder}: {files.reason(error)}") from error
         finally:  # what was computed is printed whatever happens to the pictures

@@ -26,7 +26,7 @@ LARGE = 50_000_000  # parameters that nobody trains on a CPU on purpose
 def preflight(run: TrainingProgram, workdir: str) -> None:
     """All that can be known of the data before the first step: both splits, their classes, what evaluations need."""
     train, held_out = run.source("train"), run.source("eval")
-    if isinstance(run.task, tasks.Classifier):  # the shards of two splits may be of folders of other classes
+    if isinstance(run.task, tasks.KnowsClasses):  # the shards of two splits may be of folders of other classes
         program.check_classes("the training split", train.classes, held_out)
     if run.config.evaluate.features:
         evaluate.prepare(run)

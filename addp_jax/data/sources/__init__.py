@@ -24,10 +24,12 @@ class Source(Protocol):
     Attributes:
       classes: names by label; empty when unknown.
       labelled: False where no label says anything: images without folders of classes.
+      has_objects: the examples have `classes`, and `masks` or `outlines`, of objects; see shapes.py and coco.py here.
     """
 
     classes: tuple[str, ...]
     labelled: bool
+    has_objects: bool = False
 
     def __len__(self) -> int: ...
 
@@ -46,6 +48,10 @@ class Source(Protocol):
     def fingerprint(self, times: bool = False) -> str:
         """Changes with the examples, wherever they lie; of files, without reading them. See `Files.fingerprint`."""
         ...
+
+    def ground_truth(self) -> dict | None:
+        """The objects of all images in COCO's format, where a file has them."""
+        return None
 
 
 def names() -> list[str]:

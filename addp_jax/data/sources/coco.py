@@ -61,6 +61,8 @@ class Coco(sources.Files):
       UserError: the file cannot be read, holds what does not fit together, or for training no objects.
     """
 
+    has_objects = True
+
     def __init__(self, json_file: str, folder: str, train: bool):
         self.json_file = json_file
         content = coco_json.read(json_file)
