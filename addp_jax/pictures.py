@@ -1,4 +1,4 @@
-"""Pictures of a run: grids of images with captions, films, mistakes, detections, label maps. Written whole or not at all."""
+"""Pictures of a run: grids with captions, films, mistakes, detections, label maps. Written whole or not at all."""
 
 import functools
 import io
@@ -12,6 +12,7 @@ from addp_jax import errors, files
 
 CAPTION_HEIGHT = 16
 GIF_SECONDS = 3.0  # of a film, before it rests
+LARGEST_NUMBER = 10_000  # of the confusion picture; where there are larger ones it shows per cent
 NUMBERED_CLASSES = 20  # at most so many get their numbers written into the confusion picture
 
 
@@ -112,7 +113,8 @@ def _squares(axes, matrix, shares):
         axes.set(xticks=range(len(matrix)), yticks=range(len(matrix)))
         for row, column in np.argwhere(matrix):
             shade = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, matrix[row, column], ha="center", va="center", color=shade, fontsize=7)
+            text = matrix[row, column] if matrix.max() < LARGEST_NUMBER else f"{shares[row, column]:.0%}"
+            axes.text(column, row, text, ha="center", va="center", color=shade, fontsize=7)
 
 
 def _bars(axes, numbers, accuracy):

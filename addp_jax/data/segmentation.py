@@ -71,7 +71,7 @@ def decode(content: bytes, where: str) -> np.ndarray:
     """
     picture = transforms.open_image(io.BytesIO(content), where, upright=False)
     if picture.format != "PNG":
-        raise errors.Unreadable(f"{where} is a {picture.format} file; save label maps as PNG, which keeps their numbers")
+        raise errors.Unreadable(f"{where} is a {picture.format} file; save label maps as PNG, which keeps numbers")
     if picture.mode not in ("1", "L", "P") and not picture.mode.startswith("I"):
         raise errors.Unreadable(
             f"{where} has colours ({picture.mode}); a label map has one channel, the number of each pixel's class"
@@ -80,7 +80,7 @@ def decode(content: bytes, where: str) -> np.ndarray:
     if numbers.dtype != np.uint8:
         return numbers.astype(np.int32 if picture.mode != "1" else np.uint8)
     depth, colours = content[24], content[25]  # of PNG's header
-    return numbers // (255 // (2**depth - 1)) if colours == 0 else numbers  # fewer bits of grey come stretched to 0..255
+    return numbers // (255 // (2**depth - 1)) if colours == 0 else numbers  # grey of fewer bits comes stretched
 
 
 def of_shapes(example: dict) -> np.ndarray:
@@ -112,10 +112,13 @@ class Distortion(NamedTuple):
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "Distortion":
         made = rng.random(4) < ODDS
-        drawn = rng.uniform(-BRIGHTNESS, BRIGHTNESS), rng.uniform(*CONTRAST), rng.uniform(*SATURATION), int(rng.integers(-HUE, HUE))
-        first = bool(rng.random() < ODDS)
-        brightness, contrast, saturation, hue = (value if use else None for value, use in zip(drawn, made))
-        return cls(brightness, contrast, first, saturation, hue)
+        return cls(
+            brightness=rng.uniform(-BRIGHTNESS, BRIGHTNESS) if made[0] else None,
+            contrast=rng.uniform(*CONTRAST) if made[1] else None,
+            contrast_first=bool(rng.random() < ODDS),
+            saturation=rng.uniform(*SATURATION) if made[2] else None,
+            hue=int(rng.integers(-HUE, HUE)) if made[3] else None,
+        )
 
 
 def distort(image: np.ndarray, by: Distortion) -> np.ndarray:
@@ -158,7 +161,7 @@ def choose_crop(label: np.ndarray, size: int, most: float, offsets: Iterator[tup
 class TrainSegmentation:
     """Example of `sources.label_maps` or `sources.shapes` -> image uint8 [S,S,3], label uint8 [S,S], size and index.
 
-    size, int32 [2], is height and width of what was cut out; beyond it the image is `windows.PADDING`, the label IGNORED.
+    size, int32 [2], is height and width of the crop; beyond it the image is `windows.PADDING`, the label IGNORED.
 
     Fields:
       size: S.
@@ -205,7 +208,7 @@ class TrainSegmentation:
 
 @dataclasses.dataclass(frozen=True)
 class EvalSegmentation:
-    """Example -> image uint8 [H,W,3], label uint8 [H,W] and index: whole, of their own size; `windows.segment` resizes."""
+    """Example -> image uint8 [H,W,3], label uint8 [H,W] and index: of their own size. `windows.segment` resizes."""
 
     labels: Labels
 

@@ -51,7 +51,7 @@ def resize_linear(image: np.ndarray, size: tuple[int, int], window: Window | Non
 
 
 def _neighbours(length: int, result: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of `count` places of a side of `result` pixels: the two nearest in `length` pixels, and the share of the second."""
+    """Of `count` places of a side of `result` pixels: the two nearest in `length` pixels, and the second's share."""
     at = ((np.arange(start, start + count) + 0.5) * (length / result) - 0.5).astype(np.float32)
     low = np.floor(at).astype(int)
     return np.clip(low, 0, length - 1), np.clip(low + 1, 0, length - 1), at - low.astype(np.float32)
@@ -84,7 +84,8 @@ def rgb_to_hsv(image: np.ndarray) -> np.ndarray:
     red, green, blue = (image[..., channel].astype(np.int32) for channel in range(3))
     value = np.maximum(np.maximum(red, green), blue)
     range_ = value - np.minimum(np.minimum(red, green), blue)
-    sector = np.where(value == red, green - blue, np.where(value == green, blue - red + 2 * range_, red - green + 4 * range_))
+    sector = np.where(value == green, blue - red + 2 * range_, red - green + 4 * range_)
+    sector = np.where(value == red, green - blue, sector)
     half = 1 << (HSV_SHIFT - 1)
     hue = (sector * _HUE[range_] + half) >> HSV_SHIFT
     hue += HUES * (hue < 0)

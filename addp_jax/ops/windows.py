@@ -34,13 +34,17 @@ Logits = Callable[[np.ndarray], jax.Array | np.ndarray]  # uint8 [n,S,S,3] -> [n
 class Config:
     """How a whole image is cut into windows."""
 
-    # slide: windows of the network's size. whole: one window, the image padded to a multiple of it; needs a network that
-    # takes any size.
+    # slide: windows of the network's size. whole: one window, the image padded to a multiple of that; the network must
+    # take any size.
     mode: str = schema.field("slide", choices=("slide", "whole"), matters=schema.NOTHING)
-    stride: float = schema.field(2 / 3, above=0, most=1, matters=schema.NOTHING)  # between windows, as part of their side
-    scales: tuple[float, ...] = schema.field((1.0,), above=0, matters=schema.NOTHING)  # short sides, as parts of a window
+    stride: float = schema.field(2 / 3, above=0, most=1, matters=schema.NOTHING)  # between windows, as a part of one
+    scales: tuple[float, ...] = schema.field((1.0,), above=0, matters=schema.NOTHING)  # short sides, in windows
     flip: bool = schema.field(False, matters=schema.NOTHING)  # the mirrored image too
     batch: int = schema.field(2, least=1, matters=schema.NOTHING)  # windows at a time
+
+    def __post_init__(self):
+        if not self.scales:
+            raise ValueError("scales: (); use at least one")
 
 
 class View(NamedTuple):
@@ -115,7 +119,7 @@ def lines(length: int, result: int) -> Lines:
 
 
 def _averaging(axis: int, view: View, result: int) -> Lines:
-    """From a canvas, where overlapping windows are summed up, to `result` pixels of the image: the average of windows."""
+    """From a canvas, where overlapping windows are added, to the average at `result` pixels of the image."""
     length = view.size[axis]
     counts = np.zeros(view.canvas[axis], np.float32)
     for start in view.starts[axis]:
@@ -161,7 +165,7 @@ def _tile_labels(canvases, places):
 
 
 def fill_canvas(image: np.ndarray, view: View, logits: Logits, batch: int, padding=PADDING) -> jax.Array:
-    """float32 [H,W,C], the view's canvas: the sum of the logits of all windows. `image`: of the view's size, not mirrored."""
+    """float32 [H,W,C], the view's canvas: the sum of all windows' logits. `image`: of the view's size, not mirrored."""
     windows = cut(image[:, ::-1] if view.flip else image, view, padding)
     full = np.concatenate([windows, np.repeat(windows[-1:], round_up(len(windows), batch) - len(windows), 0)])
     canvas = None
@@ -188,8 +192,8 @@ def segment(image: np.ndarray, logits: Logits, crop: int, config: Config = Confi
     Args:
       image: uint8 [H,W,3] of any size. Its short side becomes `crop` times each of config.scales, its long side four
         times as much at most.
-      logits: of windows, uint8 [n,S,S,3], n = config.batch and S = crop (in the mode "whole": [n,kS,lS,3]), at their size
-        or smaller. What lies beyond the image is PADDING.
+      logits: of windows, uint8 [n,S,S,3] where n = config.batch and S = crop (whole: [n,kS,lS,3]), at their size or
+        smaller. What lies beyond the image is PADDING.
       crop: S.
     Returns:
       uint8 [H,W], int32 with more than 256 classes.

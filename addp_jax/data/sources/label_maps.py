@@ -1,8 +1,7 @@
-"""Folders of images and of label maps, PNG files whose pixels are numbers of classes: ADE20k's layout, or a user's own."""
+"""Folders of images and of label maps, PNG files whose pixels are numbers of classes: ADE20k's layout or another."""
 
 import hashlib
 import os
-
 
 from addp_jax import errors, files, parameters
 from addp_jax.data import class_names, sources, walk
