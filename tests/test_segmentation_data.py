@@ -4,6 +4,7 @@ import io
 import itertools
 import pathlib
 import pickle
+import zlib
 
 import numpy as np
 import pytest
@@ -93,6 +94,32 @@ def test_labels_are_shifted_as_the_reference_does(golden):
 
 
 # --- OpenCV's arithmetic ------------------------------------------------------------------------------------------------
+
+def crc(array):
+    return zlib.crc32(np.ascontiguousarray(array).tobytes())
+
+
+# Of OpenCV 5.0.0 on x86 with AVX2: size of the result, checksums of INTER_LINEAR and INTER_NEAREST.
+RESIZED = {
+    (41, 67): (7532132, 1825332340),
+    (82, 134): (3632726853, 2839647012),
+    (20, 33): (1118255672, 3663479421),
+    (61, 50): (3424953237, 1844457664),
+    (100, 300): (3594922629, 4014079052),
+}
+
+
+@pytest.mark.parametrize("size", RESIZED)
+def test_resized_bytes_are_opencvs(size):
+    image = picture(0, 41, 67)
+    assert (crc(opencv.resize_linear(image, size)), crc(opencv.resize_nearest(image[..., 0], size))) == RESIZED[size]
+
+
+def test_half_the_size_and_colours_of_wide_rows_are_opencvs():
+    assert crc(opencv.resize_linear(picture(0, 40, 66), (20, 33))) == 1573204555
+    hsv = opencv.rgb_to_hsv(picture(1, 64, 97))  # rows of three whole vectors and a pixel
+    assert crc(hsv) == 3296767582 and crc(opencv.hsv_to_rgb(hsv)) == 1153320317
+
 
 def test_a_window_of_a_resize_is_that_part_of_the_whole():
     image = picture(3, 37, 53)
