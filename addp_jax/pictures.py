@@ -1,4 +1,4 @@
-"""Pictures of a run: grids of images with captions, films, mistakes, detections. Written whole or not at all."""
+"""Pictures of a run: grids with captions, films, mistakes, detections, label maps. Written whole or not at all."""
 
 import functools
 import io
@@ -12,6 +12,7 @@ from addp_jax import errors, files
 
 CAPTION_HEIGHT = 16
 GIF_SECONDS = 3.0  # of a film, before it rests
+LARGEST_NUMBER = 10_000  # of the confusion picture; where there are larger ones it shows per cent
 NUMBERED_CLASSES = 20  # at most so many get their numbers written into the confusion picture
 
 
@@ -112,7 +113,8 @@ def _squares(axes, matrix, shares):
         axes.set(xticks=range(len(matrix)), yticks=range(len(matrix)))
         for row, column in np.argwhere(matrix):
             shade = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, matrix[row, column], ha="center", va="center", color=shade, fontsize=7)
+            text = matrix[row, column] if matrix.max() < LARGEST_NUMBER else f"{shares[row, column]:.0%}"
+            axes.text(column, row, text, ha="center", va="center", color=shade, fontsize=7)
 
 
 def _bars(axes, numbers, accuracy):
@@ -146,6 +148,42 @@ def detections(image, boxes, masks, names, scores=None):
         corner = max(x0, 0), max(min(y0, picture.height - CAPTION_HEIGHT), 0)
         draw.rectangle(draw.textbbox(corner, text, font=font), fill=colours[n])
         draw.text(corner, text, fill="black", font=font)
+    return np.asarray(picture)
+
+
+def colours(count):
+    """uint8 [count,3]: RGB far apart from each other for numbers that are near."""
+    tones = [f"hsl({222 * n % 360},{90 - 25 * (n // 60 % 3)}%,{(55, 35, 75)[n // 20 % 3]}%)" for n in range(count)]
+    return np.array([ImageColor.getrgb(tone) for tone in tones], np.uint8).reshape(-1, 3)
+
+
+def segmentation(image, label, names):
+    """`image` [H,W,3] tinted with the colours of its classes, above a legend of those there: uint8 [H+legend,W,3].
+
+    label: int [H,W], 0..C-1; other numbers (ignored pixels) leave the image as it is. names: [C] texts.
+    """
+    canvas, palette = to_uint8(image).copy(), colours(len(names))
+    classes = np.asarray(label) < len(names)
+    canvas[classes] = canvas[classes] // 2 + palette[label[classes]] // 2
+    numbers, areas = np.unique(label[classes], return_counts=True)
+    return np.concatenate([canvas, legend(numbers[np.argsort(-areas, kind="stable")], names, canvas.shape[1])])
+
+
+def legend(numbers, names, width):
+    """Coloured squares with the `names` of the classes `numbers`, in lines of `width` pixels: uint8 [lines,width,3]."""
+    font, palette, places, x, y = ImageFont.load_default(), colours(len(names)), [], 0, 0
+    texts = [files.printable(str(names[n])) for n in numbers]
+    for text in texts:
+        extent = math.ceil(font.getlength(text)) + CAPTION_HEIGHT + 6
+        if x and x + extent > width:
+            x, y = 0, y + CAPTION_HEIGHT
+        places.append((x, y))
+        x += extent
+    picture = Image.new("RGB", (width, y + CAPTION_HEIGHT if texts else 0), "white")
+    draw = ImageDraw.Draw(picture)
+    for number, text, (x, y) in zip(numbers, texts, places):
+        draw.rectangle((x + 2, y + 3, x + 12, y + 13), fill=tuple(map(int, palette[number])))
+        draw.text((x + CAPTION_HEIGHT, y + 2), text, fill="black", font=font)
     return np.asarray(picture)
 
 

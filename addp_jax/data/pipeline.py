@@ -38,6 +38,9 @@ class Config:
     flip: bool = True  # horizontally, half of the training images
     max_objects: int = schema.field(1, least=1)  # shapes: objects per picture
     plain: bool = False  # shapes: large, upright, one of four colours, on grey
+    # label_maps and what is made from shapes, see `data.segmentation.Labels`.
+    ignored_label: int = schema.field(255, least=0, most=255)  # pixels of no class
+    shift_labels: bool = False  # 0 = other, ignored; k = class k - 1
     # File with one class name per line, in the order of the labels; "" = as the source knows them.
     class_names: str = schema.field("", matters=schema.NOTHING)
     workers: int = schema.field(0, least=0, matters=schema.NOTHING)  # processes that decode; 0 = threads only
