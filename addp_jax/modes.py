@@ -9,10 +9,10 @@ from typing import Any
 from addp_jax import errors, files, program, schema, tasks
 from addp_jax.generation import generate, sweep
 from addp_jax.planning import benchmark
-from addp_jax.recognition import predict, robustness
+from addp_jax.recognition import own, predict, robustness
 from addp_jax.training import check, evaluate, loop
 
-SECTIONS = {"generate": generate.Config, "predict": predict.Config, "robustness": robustness.Config}
+SECTIONS = {"generate": generate.Config, "predict": own.Config, "robustness": robustness.Config}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ MODES = {
     "train": Mode(loop.train, trains=True),
     "evaluate": Mode(evaluate.evaluate),
     "generate": Mode(lambda *args: (sweep.sweep if args[1].sweep else generate.generate)(*args), tasks.Generator, "generate"),
-    "predict": Mode(predict.predict, tasks.Classifier, "predict"),
+    "predict": Mode(predict.predict, tasks.KnowsClasses, "predict"),
     "features": Mode(predict.write_features, tasks.Recogniser, "predict"),
     "robustness": Mode(robustness.robustness, tasks.Classifier, "robustness"),
     "check": Mode(check.check, workdir=False),

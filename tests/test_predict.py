@@ -14,7 +14,7 @@ from PIL import Image
 from addp_jax import errors
 from addp_jax.metrics import classification as metrics
 from addp_jax.program import create, create_training
-from addp_jax.recognition import predict, robustness
+from addp_jax.recognition import own, predict, robustness
 from addp_jax.weights import checkpoint
 
 pytestmark = pytest.mark.medium
@@ -50,7 +50,7 @@ def photos(folder, names, seed=0):
 
 def test_predictions_name_five_classes_and_show_a_sheet(program, workdir, tmp_path):
     images = photos(tmp_path / "own", [f"{n}.png" for n in range(11)])
-    predict.predict(program, predict.Config(images, str(tmp_path / "out"), batch_size=8), workdir)
+    predict.predict(program, own.Config(images, str(tmp_path / "out"), batch_size=8), workdir)
     lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     assert sorted(line["image"] for line in lines) == sorted(f"{n}.png" for n in range(11))
     for line in lines:
@@ -63,8 +63,8 @@ def test_predictions_name_five_classes_and_show_a_sheet(program, workdir, tmp_pa
 
 def test_features_of_a_folder_are_written_for_other_tools(program, workdir, tmp_path):
     images = photos(tmp_path / "own", ["dog/b.png", "cat/a.png", "dog/deep/c.png"])
-    for kind in predict.FORMATS:
-        predict.write_features(program, predict.Config(images, str(tmp_path / "out"), batch_size=8, format=kind), workdir)
+    for kind in own.FORMATS:
+        predict.write_features(program, own.Config(images, str(tmp_path / "out"), batch_size=8, format=kind), workdir)
     with np.load(tmp_path / "out" / "features.npz") as file:
         arrays = dict(file)
     assert arrays["features"].shape == (3, 16) and arrays["features"].dtype == np.float32
@@ -79,20 +79,20 @@ def test_features_of_a_folder_are_written_for_other_tools(program, workdir, tmp_
 def test_features_of_a_frozen_encoder_need_no_trained_probe(tmp_path):
     program = create_training(programs.config("demo_probe", model__encoder_weights="random"), num_train=256)
     images = photos(tmp_path / "own", ["a.png"])
-    predict.write_features(program, predict.Config(images, batch_size=8), str(tmp_path / "nothing_here"))
+    predict.write_features(program, own.Config(images, batch_size=8), str(tmp_path / "nothing_here"))
     assert np.load(tmp_path / "nothing_here" / "features" / "features.npz")["features"].shape == (1, 16)
 
 
 def test_class_names_come_from_a_file_or_the_run_else_are_numbers(program, tmp_path, capsys):
     recorded = {"data": {"classes": [f"kind {n}" for n in range(8)]}}
-    assert predict.recorded_names(program, recorded, "run") == tuple(recorded["data"]["classes"])
-    assert predict.recorded_names(program, {}, "run") == tuple(f"class {n}" for n in range(8))
+    assert own.recorded_names(program, recorded, "run") == tuple(recorded["data"]["classes"])
+    assert own.recorded_names(program, {}, "run") == tuple(f"class {n}" for n in range(8))
     assert "numbered" in capsys.readouterr().out
     named = functools.partial(programs.config, "demo_classification", model__encoder_weights="")
 
     def of(text: bytes):
         (tmp_path / "names.txt").write_bytes(text)
-        return predict.given_names(create(named(data__class_names=str(tmp_path / "names.txt"))))
+        return own.given_names(create(named(data__class_names=str(tmp_path / "names.txt"))))
 
     eight = [f"own {n}" for n in range(8)]
     assert of("\n".join(eight).encode()) == tuple(eight)
@@ -108,7 +108,7 @@ def test_class_names_come_from_a_file_or_the_run_else_are_numbers(program, tmp_p
         with pytest.raises(errors.UserError, match=f"config.data.class_names: .*{message}"):
             of(text)
     with pytest.raises(errors.UserError, match="config.data.class_names"):
-        predict.given_names(create(named(data__class_names=str(tmp_path / "no.txt"))))
+        own.given_names(create(named(data__class_names=str(tmp_path / "no.txt"))))
 
 
 @pytest.mark.parametrize("mode", (predict.predict, predict.write_features))
@@ -118,7 +118,7 @@ def test_unreadable_images_are_left_out_and_named_at_the_end(program, workdir, t
     (tmp_path / "own" / "3.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "own" / "9.png").write_text("<html>")
     with pytest.raises(errors.UserError, match=r"2 of 10 files cannot be read: .*3\.png; .*9\.png"):
-        mode(program, predict.Config(images, str(tmp_path / "out"), batch_size=8), workdir)
+        mode(program, own.Config(images, str(tmp_path / "out"), batch_size=8), workdir)
     if mode is predict.predict:
         lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
         assert [json.loads(line)["image"] for line in lines] == [f"{n}.png" for n in range(10) if n not in (3, 9)]
@@ -131,7 +131,7 @@ def test_only_unreadable_images_are_one_line(program, workdir, tmp_path):
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "a.png").write_text("text")
     with pytest.raises(errors.UserError, match="can be read"):
-        predict.predict(program, predict.Config(str(tmp_path / "own"), str(tmp_path / "out"), batch_size=8), workdir)
+        predict.predict(program, own.Config(str(tmp_path / "own"), str(tmp_path / "out"), batch_size=8), workdir)
 
 
 def test_an_output_that_cannot_be_written_or_lies_among_the_images_is_refused_at_once(program, tmp_path):
@@ -139,19 +139,19 @@ def test_an_output_that_cannot_be_written_or_lies_among_the_images_is_refused_at
     (tmp_path / "taken").write_text("")
     for output, message in ((tmp_path / "taken" / "out", "cannot write"), (images, "among"), (tmp_path / "own" / "x", "among")):
         with pytest.raises(errors.UserError, match=f"config.predict.output: .*{message}"):
-            predict.predict(program, predict.Config(images, str(output), batch_size=8), "no run is read")
+            predict.predict(program, own.Config(images, str(output), batch_size=8), "no run is read")
 
 
 def test_what_cannot_be_predicted_is_refused(program, workdir, tmp_path):
     with pytest.raises(ValueError, match="format: 'csv'; use npz or array_record"):
-        predict.Config(format="csv")
+        own.Config(format="csv")
     with pytest.raises(errors.UserError, match="config.predict.images is empty"):
-        predict.predict(program, predict.Config(), workdir)
+        predict.predict(program, own.Config(), workdir)
     with pytest.raises(errors.UserError, match="config.predict.images: no images"):
-        predict.predict(program, predict.Config(str(tmp_path)), workdir)
+        predict.predict(program, own.Config(str(tmp_path)), workdir)
     tokenizer = create_training(programs.config("demo_tokenizer"), num_train=64)
     with pytest.raises(errors.UserError, match="config.task: tokenizer does not have features of images; use addp or"):
-        predict.write_features(tokenizer, predict.Config(str(tmp_path)), workdir)
+        predict.write_features(tokenizer, own.Config(str(tmp_path)), workdir)
 
 
 @pytest.fixture(scope="module")

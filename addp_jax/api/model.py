@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,26 @@ from addp_jax import errors, partition, samplers, schema, tasks
 from addp_jax.api import inputs
 from addp_jax.generation import own_images
 from addp_jax.ops import images as pixels
+from addp_jax.ops import masks as masks_lib
 
 CACHED = 16  # compiled functions that are kept
 MASK_SIZES = 8  # so many sizes of masks are compiled apart: with more tokens known, the decoder has more room
+
+
+class Objects(NamedTuple):
+    """What is found in one image, best first.
+
+    Attributes:
+      boxes: float32 [N,4], (x0, y0, x1, y1) in pixels, ends exclusive.
+      scores: float32 [N], 0..1.
+      names: N names of classes.
+      masks: bool [N,H,W].
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    names: list[str]
+    masks: np.ndarray
 
 
 class Model:
@@ -106,6 +124,20 @@ class Model:
         order = np.argsort(-probs, axis=-1, kind="stable")[:, :top]
         return [[(self.classes[k], float(row[k])) for k in best] for row, best in zip(probs, order)]
 
+    def detect(self, images, *, score_above: float = 0.5, batch_size: int = 8) -> list[Objects]:
+        """The objects in each image that score above a limit, best first. Images of any size: they are not cropped."""
+        self._require("detect", tasks.Detector)
+        fitted = [self._program.task.fit(image) for image in inputs.images("images", images)]
+        examples = {name: np.stack([each[name] for each in fitted]) for name in fitted[0]}
+        found, probs = self._over(self._compiled("detect"), examples, batch_size)
+        objects = []
+        for n, scale in enumerate(examples["scale"]):
+            one, prob = jax.tree.map(lambda leaf: leaf[n], (found, probs))
+            one = one._replace(valid=one.valid & (one.scores > score_above))
+            boxes, scores, labels, masks = masks_lib.in_original(one, prob, scale, examples["original_size"][n])
+            objects.append(Objects(boxes, scores, [self.classes[k] for k in labels], masks))
+        return objects
+
     def _require(self, method: str, *abilities: type) -> None:
         """Raises ValueError unless the run's task has one of these abilities."""
         if isinstance(self._program.task, abilities):
@@ -144,7 +176,7 @@ class Model:
         return jax.jit(partition.per_device(run, self._program.mesh))
 
     def _compile(self, what: str):
-        """Jitted `((params, frozen), batch) -> [B,...]`: the reconstruction, features or logits of its images."""
+        """Jitted `((params, frozen), batch) -> [B,...]`: what the method tells of its images."""
         task = self._program.task
 
         def reconstruct(networks, image):
@@ -155,14 +187,14 @@ class Model:
             )
 
         functions = {
-            "reconstruct": reconstruct,
-            "features": lambda networks, image: task.features(*networks, image),
-            "logits": lambda networks, image: task.logits(*networks, image),
+            "reconstruct": lambda networks, batch: reconstruct(networks, batch["image"]),
+            "features": lambda networks, batch: task.features(*networks, batch["image"]),
+            "logits": lambda networks, batch: task.logits(*networks, batch["image"]),
+            "detect": lambda networks, batch: task.detect(*networks, batch["image"], batch["size"]),
         }
-        function = lambda networks, batch: functions[what](networks, batch["image"])
-        return jax.jit(partition.per_device(function, self._program.mesh))
+        return jax.jit(partition.per_device(functions[what], self._program.mesh))
 
-    def _over(self, function, examples: dict, batch_size: int, seed: int | None = None) -> np.ndarray:
+    def _over(self, function, examples: dict, batch_size: int, seed: int | None = None):
         """`function` of the arrays `examples`, [N,...] each, batch by batch."""
         mesh, count, results = self._program.mesh, len(next(iter(examples.values()))), []
         most = inputs.whole_number("batch_size", batch_size, 1)
@@ -173,8 +205,9 @@ class Model:
                 rows = np.minimum(np.arange(first, first + size), count - 1)
                 batch = {name: array[rows] for name, array in examples.items()}
                 batch = partition.put(batch, partition.batch_sharding(mesh))
-                results.append(partition.whole(function(networks, batch))[: count - first])
-        return np.concatenate(results)
+                result = partition.whole(function(networks, batch))
+                results.append(jax.tree.map(lambda leaf: leaf[: count - first], result))
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
 
 
 def seed_of(value) -> int:

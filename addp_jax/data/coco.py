@@ -238,6 +238,8 @@ class _Square:
 
 def _objects(example: dict) -> list[tuple[int, list | np.ndarray]]:
     """(class, outline) of each object of a source's example: of files, or of generated shapes with their masks."""
+    if "classes" not in example:
+        return []
     outlines = example["outlines"] if "outlines" in example else example["masks"]
     return [(label, outline) for label, outline in zip(example["classes"], outlines) if label >= 0]
 

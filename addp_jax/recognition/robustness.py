@@ -14,7 +14,7 @@ from addp_jax import errors, tasks
 from addp_jax.data import features, transforms
 from addp_jax.data.sources import image_folder
 from addp_jax.metrics import classification as metrics
-from addp_jax.recognition import predict
+from addp_jax.recognition import own
 
 SUBSETS = ("imagenet_a", "imagenet_r", "imagenet_sketch")
 SEVERITIES = range(1, 6)
@@ -41,11 +41,11 @@ def robustness(program, config: Config, workdir: str) -> None:
     if not any(dataclasses.asdict(config).values()):
         raise errors.UserError("config.robustness: all folders are empty; give at least one")
     require_folders(config)
-    given = predict.given_names(program)
+    given = own.given_names(program)
     result = {}
     with jax.set_mesh(mesh):
         nets, identity = program.load(workdir)
-        names = given or predict.recorded_names(program, identity, workdir)
+        names = given or own.recorded_names(program, identity, workdir)
         top1 = functools.partial(accuracy, program, names, functools.partial(jax.jit(task.logits), *nets))
         for name in SUBSETS:
             if folder := getattr(config, name):

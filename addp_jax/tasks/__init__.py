@@ -163,6 +163,11 @@ class Classifier(Recogniser, KnowsClasses, Protocol):
 class Detector(KnowsClasses, Protocol):
     """A task whose network finds objects."""
 
+    def fit(self, image: np.ndarray) -> dict[str, np.ndarray]:
+        """An image uint8 [H,W,3] as the network takes it: image uint8 [S,S,3] and size int32 [2] for `detect`; scale
+        float32 [2] and original_size int32 [2], see `ops.masks.in_original`."""
+        ...
+
     def detect(self, params: dict, frozen: dict, image: jax.Array, size: jax.Array) -> tuple[proposals.Detections, jax.Array]:
         """`image` uint8 [B,S,S,3] with pictures of `size` int32 [B,2] in the top left corner -> detections in S x S, [B,K]
         each, and their masks float32 [B,K,n,n], probabilities within their boxes."""
@@ -171,7 +176,7 @@ class Detector(KnowsClasses, Protocol):
 
 ABILITIES: dict[type, str] = {
     Generator: "draw images", Autoencoder: "reconstruct images", Recogniser: "have features of images",
-    Classifier: "name classes", Detector: "find objects",
+    KnowsClasses: "tell classes apart", Classifier: "name classes", Detector: "find objects",
 }  # fmt: skip
 
 

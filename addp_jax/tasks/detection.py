@@ -115,6 +115,10 @@ class Task(tasks.Detector):
         train = coco.TrainDetection(*shared, self.config.jitter, data.flip)
         return train if split == "train" else coco.EvalDetection(*shared)
 
+    def fit(self, image):
+        example = self.transform("eval", pipeline.Config())({"image": image, "index": 0}, np.random.default_rng(0))
+        return {name: example[name] for name in ("image", "size", "scale", "original_size")}
+
     def loss(self, params, frozen, batch, rng, train: bool):
         rngs = jax.random.split(rng, 3)
         apply = functools.partial(self.net.apply, {"params": params["detector"]})
