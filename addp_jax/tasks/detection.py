@@ -202,6 +202,7 @@ class Task(tasks.Detector):
             batch, (found, probs) = jax.tree.map(partition.own_rows, (batch, outputs))
             for k in np.flatnonzero(batch["valid"]):
                 example, one, prob = jax.tree.map(lambda leaf: leaf[k], (batch, found, probs))
+                one = one._replace(valid=one.valid & (one.classes < len(category_ids)))  # those that the data knows
                 if len(shown) < 2 * SHOWN:
                     shown += _beside_truth(example, one, prob, source.classes)
                 objects = masks.in_original(one, prob, example["scale"], example["original_size"])
