@@ -77,7 +77,6 @@ DAMAGED = {
     "missing in one block": (without(TABLE), TABLE),
     "unknown": (WEIGHTS | {"backbone.norm.weight": np.ones(32, np.float32)}, "backbone.norm.weight"),
     "another size": (WEIGHTS | {"auxiliary_head.conv_seg.bias": np.ones(6, np.float32)}, "auxiliary_classifier/logits/bias"),
-    "another index": (WEIGHTS | {INDEX: np.zeros((26, 26), np.int64)}, INDEX),
     "an index of another size": (WEIGHTS | {INDEX: np.zeros((3, 3), np.int64)}, INDEX),
 }
 
