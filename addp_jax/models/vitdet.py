@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange, reduce
+from einops import rearrange
 
 from addp_jax import partition, schema
 from addp_jax.models import grid_attention, layers, vit
@@ -223,9 +223,8 @@ class UpConv(nn.Module):
 
 
 def half(features):
-    """[B,h,w,D] -> [B,h//2,w//2,D]: the largest of each four cells."""
-    even = features[:, : features.shape[1] // 2 * 2, : features.shape[2] // 2 * 2]
-    return reduce(even, "b (h p) (w q) c -> b h w c", "max", p=2, q=2)
+    """[B,h,w,D] -> [B,h//2,w//2,D]: the largest of each four cells; of equal ones the first has the gradient."""
+    return nn.max_pool(features, (2, 2), strides=(2, 2))
 
 
 def inside(size, shape):
