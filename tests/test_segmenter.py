@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import dense
 import jax
@@ -276,6 +277,21 @@ def test_a_mesh_changes_no_number(sizes):
         layouts = partition.shardings({"segmenter": params()}, mesh, segmenter.LAYOUT)["segmenter"]
         found = jax.jit(function)(partition.put(params(), layouts), partition.put(images(4), partition.batch_sharding(mesh)))
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=0, atol=2e-4), found, jax.device_get(expected))
+
+
+def test_kernels_are_gathered_and_not_feature_maps():
+    net = segmenter.ConvNorm(16, 3, jnp.float32)
+    maps = [jnp.ones((4, side, side, 16)) for side in (8, 4, 2)]
+    apply = lambda state, maps, train=True: net.apply(state, maps[0], train, maps[1:], mutable=[batch_norm.COLLECTION])[0]
+    state = {"params": net.init(jax.random.key(0), maps[0], False, maps[1:])["params"]}
+    mesh = partition.make_mesh(partition.Config(data=1, fsdp=2), jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        layouts = {"params": partition.shardings({"auxiliary": state["params"]}, mesh, segmenter.LAYOUT)["auxiliary"]}
+        layouts = layouts, partition.batch_sharding(mesh)
+        gradient = jax.jit(jax.grad(lambda *args: apply(*args).sum(), argnums=(0, 1)), in_shardings=layouts, out_shardings=layouts)
+        text = gradient.lower(state, maps).compile().as_text()
+    gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather", text)
+    assert gathered and set(gathered) == {"3,3,48,16"} and "all-to-all" not in text
 
 
 def test_one_value_of_a_channel_is_no_statistic():

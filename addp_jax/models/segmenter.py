@@ -47,7 +47,8 @@ class ConvNorm(nn.Module):
         """
         depths = [level.shape[-1] for level in (features, *smaller)]
         kernel = self.param("kernel", detector.MSRA, (self.size, self.size, sum(depths), self.channels))
-        first, *others = jnp.split(kernel.astype(self.dtype), [sum(depths[:i]) for i in range(1, len(depths))], axis=2)
+        kernel = partition.replicate(kernel.astype(self.dtype))  # else the smaller maps are gathered, not the kernel
+        first, *others = jnp.split(kernel, [sum(depths[:i]) for i in range(1, len(depths))], axis=2)
         if self.size == 1:
             hidden = features @ first[0, 0]
         else:
