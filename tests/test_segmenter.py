@@ -281,9 +281,9 @@ def test_a_mesh_changes_no_number(sizes):
 
 def test_kernels_are_gathered_and_not_feature_maps():
     net = segmenter.ConvNorm(16, 3, jnp.float32)
-    maps = [jnp.ones((4, side, side, 16)) for side in (8, 4, 2)]
+    maps = [jax.ShapeDtypeStruct((4, side, side, 16), np.float32) for side in (8, 4, 2)]
     apply = lambda state, maps, train=True: net.apply(state, maps[0], train, maps[1:], mutable=[batch_norm.COLLECTION])[0]
-    state = {"params": net.init(jax.random.key(0), maps[0], False, maps[1:])["params"]}
+    state = jax.eval_shape(lambda maps: net.init(jax.random.key(0), maps[0], False, maps[1:]), maps)
     mesh = partition.make_mesh(partition.Config(data=1, fsdp=2), jax.devices()[:2])
     with jax.set_mesh(mesh):
         layouts = {"params": partition.shardings({"auxiliary": state["params"]}, mesh, segmenter.LAYOUT)["auxiliary"]}
