@@ -10,7 +10,9 @@ from flax import traverse_util
 
 from addp_jax import errors
 
-STATISTICS = ("norm_scale", "norm_bias")  # parameters that are measured (heads.LinearProbe): nothing trains or decays them
+RUNNING = ("running_mean", "running_var")  # parameters that every training step measures (models.batch_norm)
+FOLDED = ("norm_scale", "norm_bias")  # parameters that are measured once (heads.LinearProbe)
+STATISTICS = (*FOLDED, *RUNNING)  # nothing trains or decays them
 COMBINED = "upsample"  # beginning of the name of modules that compute with their kernels before these are converted
 
 
@@ -48,6 +50,12 @@ def compact(networks: dict, names, dtype) -> dict:
 def replaced(params, new):
     """`params` with the leaves of `new`, a part of the same tree, in their places."""
     return traverse_util.unflatten_dict({**traverse_util.flatten_dict(params), **traverse_util.flatten_dict(new)})
+
+
+def running(params):
+    """The part of `params` that is named in `RUNNING`; {} if there is none."""
+    flat = traverse_util.flatten_dict(params)
+    return traverse_util.unflatten_dict({path: leaf for path, leaf in flat.items() if path[-1] in RUNNING})
 
 
 def content_hash(params):

@@ -161,25 +161,30 @@ def make_step(task, optimizer, schedule, config: Config):
             (_, metrics), grads = grad(params, frozen, batch, rng, True)
             return grads, metrics
 
-        def add(total, piece):
+        def add(carry, piece):
+            total, statistics = carry
             index, micro_batch = piece
-            (_, metrics), grads = grad(params, frozen, micro_batch, jax.random.fold_in(rng, index), True)
-            return jax.tree.map(lambda a, b: a + b / pieces, total, grads), metrics
+            rng_of_piece = jax.random.fold_in(rng, index)
+            (_, metrics), grads = grad(parameters.replaced(params, statistics), frozen, micro_batch, rng_of_piece, True)
+            statistics = metrics.pop(tasks.STATISTICS, {})  # one micro-batch after the other goes into them
+            return (jax.tree.map(lambda a, b: a + b / pieces, total, grads), statistics), metrics
 
         # Strided pieces, so that each spans all devices.
         split = jax.tree.map(lambda a: a.reshape(-1, pieces, *a.shape[1:]).swapaxes(0, 1), batch)
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        grads, metrics = jax.lax.scan(add, zeros, (jnp.arange(pieces), split))
-        return grads, jax.tree.map(lambda values: values.mean(0), metrics)
+        start = jax.tree.map(jnp.zeros_like, params), parameters.running(params)
+        (grads, statistics), metrics = jax.lax.scan(add, start, (jnp.arange(pieces), split))
+        return grads, {tasks.STATISTICS: statistics} | jax.tree.map(lambda values: values.mean(0), metrics)
 
     def step(state: TrainState, frozen, batch):
         rng = jax.random.fold_in(keys.of(config.seed, "training"), state.step)
         grads, metrics = gradients(state.params, frozen, batch, rng)
+        statistics = metrics.pop(tasks.STATISTICS, {})
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = parameters.replaced(optax.apply_updates(state.params, updates), statistics)
         average = state.ema_params
         if config.optim.ema_decay:
             average = optax.incremental_update(params, average, 1 - config.optim.ema_decay)
+            average = parameters.replaced(average, statistics)  # which are averages already
         metrics |= {
             "grad_norm": optax.tree.norm(grads),
             "param_norm": optax.tree.norm(params),

@@ -142,6 +142,6 @@ def test_measured_statistics_stay_as_they_are(optimizer, not_decayed):
     grads = jax.grad(lambda params: net.apply({"params": params}, np.ones((2, 4), np.float32)).var())(params)
     config = optim.Config(optimizer, weight_decay=0.5, not_decayed=not_decayed, clip_norm=0.0)
     updates, _ = (chain := optim.build(config, 0.1)).update(grads, chain.init(params), params)
-    for name in parameters.STATISTICS:
+    for name in parameters.FOLDED:
         assert not np.asarray(updates[name]).any()
     assert np.asarray(updates["dense_out"]["kernel"]).any()

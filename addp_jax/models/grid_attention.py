@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from addp_jax.ops import resize
+
 CHUNK = 256  # queries
 KERNEL_INIT = nn.initializers.normal(0.02)  # ViTDet's trunc_normal_ cuts at -2 and 2, not at two deviations
 
@@ -114,15 +116,9 @@ def relative(stored, side: int):
     For a side other than S the table is interpolated linearly to 2*side-1 rows (half-pixel centres, no antialiasing).
     """
     if len(stored) != 2 * side - 1:
-        weights = jnp.asarray(linear_weights(len(stored), 2 * side - 1), jnp.float32)
+        weights = jnp.asarray(resize.linear_weights(len(stored), 2 * side - 1), jnp.float32)
         stored = jnp.einsum("io,od->id", weights, stored, precision="highest")
     return stored[np.arange(side)[:, None] - np.arange(side)[None] + side - 1]
-
-
-def linear_weights(old: int, new: int):
-    """float64 [new,old]: what each of `old` points gives to each of `new` ones; ends are repeated outwards."""
-    centre = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
-    return np.maximum(0, 1 - np.abs(centre[:, None] - np.arange(old)[None]))
 
 
 def places_of(size):

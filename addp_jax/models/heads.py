@@ -56,7 +56,7 @@ class LinearProbe(nn.Module):
     """Classes from features that are not trained.
 
     `norm_scale` and `norm_bias` are a BatchNorm without affine parameters, its statistics folded into two vectors: no
-    gradient reaches them, and as `parameters.STATISTICS` no weight decay does.
+    gradient reaches them, and as `parameters.FOLDED` no weight decay does.
     """
 
     num_classes: int
@@ -64,7 +64,7 @@ class LinearProbe(nn.Module):
     @nn.compact
     def __call__(self, features):
         """`features` float32 [B,D] -> logits float32 [B,C]."""
-        scale_name, bias_name = parameters.STATISTICS
+        scale_name, bias_name = parameters.FOLDED
         scale = self.param(scale_name, nn.initializers.ones, (features.shape[-1],))
         bias = self.param(bias_name, nn.initializers.zeros, (features.shape[-1],))
         features = features * jax.lax.stop_gradient(scale)[None] + jax.lax.stop_gradient(bias)[None]

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange, reduce
+from einops import rearrange
 
 from addp_jax import partition, schema
 from addp_jax.models import grid_attention, layers, vit
@@ -182,12 +182,11 @@ class Pyramid(nn.Module):
         width = features.shape[-1]
         double = UpConv(width // 2, self.dtype, name="p2_up_0")(features)
         double = jax.nn.gelu(layers.layer_norm("p2_norm", dtype=self.dtype)(double), approximate=False)
-        even = features[:, : features.shape[1] // 2 * 2, : features.shape[2] // 2 * 2]
         maps = {
             "p2": UpConv(width // 4, self.dtype, name="p2_up_1")(double),
             "p3": UpConv(width // 2, self.dtype, name="p3_up")(features),
             "p4": features,
-            "p5": reduce(even, "b (h p) (w q) c -> b h w c", "max", p=2, q=2),
+            "p5": half(features),
         }
         levels = [self._level(name, hidden) for name, hidden in maps.items()]
         return (*levels, levels[-1][:, ::2, ::2])
@@ -221,6 +220,11 @@ class UpConv(nn.Module):
         bias = self.param("bias", self.bias_init, (self.channels,)).astype(self.dtype)
         cells = jnp.einsum("bhwd,pqdc->bhwpqc", features.astype(self.dtype), kernel)
         return rearrange(cells, "b h w p q c -> b (h p) (w q) c") + bias[None, None, None]
+
+
+def half(features):
+    """[B,h,w,D] -> [B,h//2,w//2,D]: the largest of each four cells; of equal ones the first has the gradient."""
+    return nn.max_pool(features, (2, 2), strides=(2, 2))
 
 
 def inside(size, shape):

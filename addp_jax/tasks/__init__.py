@@ -19,6 +19,9 @@ from addp_jax import errors, parameters, partition, samplers, schema
 from addp_jax.data import pipeline, sources, transforms, walk
 from addp_jax.ops import proposals
 
+STATISTICS = "statistics"  # what a loss tells beside its metrics, see `Task.loss`
+
+
 
 class Results(NamedTuple):
     """Of an evaluation."""
@@ -75,7 +78,12 @@ class Task(Protocol):
         return image_transform(split, data, self.image_size)
 
     def loss(self, params: dict, frozen: dict, batch: dict, rng: jax.Array, train: bool) -> tuple[jax.Array, dict]:
-        """(scalar, {name: scalar}) of a batch, whose images are uint8 [B,H,W,3]."""
+        """(scalar, {name: scalar}) of a batch, whose images are uint8 [B,H,W,3].
+
+        A task whose parameters hold running statistics (`parameters.RUNNING`) adds, in training, their new values under
+        the name `STATISTICS`: all of them, as `parameters.running(params)`. The training step puts them in their places,
+        behind the optimizer's update, and into the average as they are. No gradient may reach them.
+        """
         ...
 
     def evaluate(self, params: dict, frozen: dict, batches: Iterable[dict], source: sources.Source) -> Results:

@@ -8,18 +8,19 @@ import jax
 import numpy as np
 
 from addp_jax import errors, parameters, weights
-from addp_jax.models import vit, vitdet
+from addp_jax.models import beit, vit, vitdet
 
 HOLDERS = ("pixel_to_token", "classifier")  # networks with such an encoder
 OPTIONAL = ("input_norm/", "final_norm/", "class_token")  # left behind where the network has none
-FRESH = (".*/rel_pos_[hw]",)  # that start new, as no such run has them
+# What starts new, as no such run has it.
+FRESH = (".*/rel_pos_[hw]", ".*/relative_positions", ".*/block/(attention|mlp)_scale")
 SETTINGS = ("heads", "patch_size")  # that must be those of the run; other image sizes and norms are fitted
 
 
-def load(path: str, init, config: vit.Config | vitdet.Config, field: str) -> dict:
+def load(path: str, init, config: vit.Config | vitdet.Config | beit.Config, field: str) -> dict:
     """Encoder parameters as nested numpy arrays; position embeddings are resized to the network's grid.
 
-    Those of a detector's relative positions are left out, since the run has none.
+    Relative positions and factors of residual branches are left out, since the run has none.
 
     Args:
       path: run folder of the tasks `addp` or `classification`, or a weight file of ADDP; or "random".
