@@ -24,7 +24,7 @@ WEIGHTS = flags.DEFINE_multi_string(
     "weights", [], "import: weight file; export: run folder or file with a network that --workdir lacks. May be repeated"
 )
 OUTPUT = flags.DEFINE_string("output", None, "export: file to write, .safetensors or .pth")
-LAYOUT = flags.DEFINE_enum("layout", None, ["addp", "mage", "vqgan", "finetune", "timm"], "export: whose tensor names")
+LAYOUT = flags.DEFINE_enum("layout", None, ["addp", "mage", "vqgan", "finetune", "timm", "detectron2", "mmsegmentation"], "export: whose tensor names")
 EMA = flags.DEFINE_bool("ema", True, "export: the averaged parameters where there are; --noema: the raw ones")
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "This is one of several processes, which Slurm, TPU metadata or Open MPI tell of; or the flags below"

@@ -1,6 +1,7 @@
 """Objects in own images, by the command line's modes and by the Python API; detection from COCO's files."""
 
 import json
+import pathlib
 
 import numpy as np
 import programs
@@ -14,6 +15,7 @@ from addp_jax.data.sources import shapes
 from addp_jax.program import create_training
 from addp_jax.recognition import own, predict
 from addp_jax.training import evaluate, loop
+from addp_jax.weights import convert
 
 pytestmark = pytest.mark.medium
 
@@ -23,6 +25,7 @@ SIZES = {"wide.png": (40, 90), "deep/tall.png": (100, 30), "small.png": (11, 17)
 @pytest.fixture(scope="module")
 def config():
     changes = dict(model__encoder_weights="", model__score_above=0.0, data__num_eval=11, eval_batches=0)
+    changes["model__net__encoder__input_norm"] = False  # as detectron2 has it
     return programs.config("demo_detection", **changes)
 
 
@@ -86,10 +89,27 @@ def test_evaluation_writes_results_for_cocos_server(config, workdir, capsys):
     figures = json.loads(printed[-1])
     assert figures["images"] == figures["of"] == 11 and -1 <= figures["bbox_AP"] <= 1 and "segm_ARl" in figures
     assert {f"bbox_AP/{name}" for name in shapes.CLASSES} & set(figures)
-    rows = json.loads((files_of := programs.pathlib.Path(workdir) / "evaluation" / "results.json").read_text())
+    rows = json.loads((files_of := pathlib.Path(workdir) / "evaluation" / "results.json").read_text())
     assert {row["image_id"] for row in rows} == set(range(11)) and str(files_of) in printed
     assert {row["category_id"] for row in rows} <= set(range(1, 9))
     assert Image.open(files_of.parent / "detections.png").size[0] > 2 * config.model["net"]["encoder"]["image_size"]
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+def test_exported_and_imported_again_it_finds_the_same(config, workdir, photos, tmp_path, ending):
+    if ending == "pth":
+        pytest.importorskip("torch", reason="needs pip install torch")
+    file = str(tmp_path / f"detector.{ending}")
+    convert.export_weights(workdir, [], file, "detectron2", ema=True, force=False)
+    convert.import_weights([file], str(tmp_path / "imported"))
+    images = [np.asarray(Image.open(photos / name)) for name in SIZES]
+    expected = addp_jax.load(workdir).detect(images, score_above=0.0, batch_size=2)
+    (tmp_path / "imported" / "config.json").write_text((pathlib.Path(workdir) / "config.json").read_text())
+    sources = [tmp_path / "imported", *([file] if ending == "safetensors" else [])]
+    for found in (addp_jax.load(str(path)).detect(images, score_above=0.0, batch_size=2) for path in sources):
+        for ours, theirs in zip(found, expected):
+            np.testing.assert_array_equal(ours.boxes, theirs.boxes)
+            np.testing.assert_array_equal(ours.masks, theirs.masks)
 
 
 def coco_folder(root, categories=((3, "cat"), (7, "dog"))):

@@ -14,7 +14,7 @@ from safetensors import numpy as safetensors_numpy
 
 from addp_jax import errors, parameters, weights
 from addp_jax.models import detector, vitdet
-from addp_jax.weights import detectron2, encoder, numpy_pickles, pickles
+from addp_jax.weights import detectron2, encoder, numpy_pickles, pickles, weight_files
 
 CONFIG = dense.CONFIG
 WEIGHTS = dense.arrays("vitdet_params")
@@ -77,7 +77,7 @@ def test_files_are_read(name, tmp_path):
 def test_files_are_written_and_read_again(name, tmp_path):
     if name.endswith(".pth"):
         pytest.importorskip("torch", reason="needs pip install torch")
-    detectron2.write(str(tmp_path / name), params(), CONFIG)
+    weight_files.write(str(tmp_path / name), detectron2.to_detectron2(params(), CONFIG), "model")
     assert_same(parameters.named_leaves(detectron2.read(str(tmp_path / name))[1]), parameters.named_leaves(params()))
 
 

@@ -10,7 +10,7 @@ from uper import CONFIG, WEIGHTS, params
 
 from addp_jax import errors, parameters, weights
 from addp_jax.models import beit, segmenter
-from addp_jax.weights import encoder, mmsegmentation
+from addp_jax.weights import encoder, mmsegmentation, weight_files
 
 TABLE = "backbone.layers.1.attn.relative_position_bias_table"
 INDEX = "backbone.layers.1.attn.relative_position_index"
@@ -64,7 +64,7 @@ def test_files_are_read(name, tmp_path):
 def test_files_are_written_and_read_again(name, tmp_path):
     if name.endswith(".pth"):
         pytest.importorskip("torch", reason="needs pip install torch")
-    mmsegmentation.write(str(tmp_path / name), params(), CONFIG)
+    weight_files.write(str(tmp_path / name), mmsegmentation.to_mmsegmentation(params(), CONFIG), "state_dict")
     assert_same(parameters.named_leaves(mmsegmentation.read(str(tmp_path / name))[1]), parameters.named_leaves(params()))
 
 

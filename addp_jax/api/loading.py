@@ -12,7 +12,7 @@ from flax import traverse_util
 
 from addp_jax import errors, files, partition, program, schema, tasks, weights
 from addp_jax.api.model import Model
-from addp_jax.weights import checkpoint, layouts, weight_files
+from addp_jax.weights import checkpoint, dense, layouts, weight_files
 
 DTYPES = ("", "auto", "float32", "bfloat16")
 # Of the published networks.
@@ -75,7 +75,8 @@ def of_file(path: str) -> program.Config:
         fields = json.loads(text)
         check_numbers(fields)
         config = schema.build(program.Config, {name: fields[name] for name in ("task", "model")})
-        check_sizes(schema.build(tasks.load(config.task).Config, config.model, "config.model"), layouts.configs(path))
+        sizes = dense.configs(path) or layouts.configs(path)
+        check_sizes(schema.build(tasks.load(config.task).Config, config.model, "config.model"), sizes)
     except (ValueError, KeyError, TypeError, RecursionError, errors.UserError) as error:
         raise errors.UserError(f"{path}: the config in this file cannot be used: {files.reason(error)}") from error
     return config

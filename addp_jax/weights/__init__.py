@@ -9,7 +9,7 @@ import numpy as np
 from flax import traverse_util
 
 from addp_jax import errors, parameters, schema
-from addp_jax.weights import checkpoint, layouts, provenance
+from addp_jax.weights import checkpoint, dense, layouts, provenance
 
 RANDOM = "random"  # instead of a path: freshly initialised weights, for benchmarks and memory checks only
 SHAPES = "shapes"  # instead of a path: shapes without values, for plans
@@ -84,7 +84,7 @@ def read_with_identity(path: str, wanted=None, field: str = "") -> tuple[dict[st
         raise errors.UserError(f"{field}nothing at {path}")
     try:
         if not os.path.isdir(path):
-            return layouts.read(path, wanted), {}
+            return dense.read(path) or layouts.read(path, wanted), {}
         params, info = checkpoint.load_params(path, ema=True)
         return params, info["identity"]
     except errors.UserError as error:

@@ -8,7 +8,7 @@ import os
 import jax
 
 from addp_jax import errors, files, parameters, partition, weights
-from addp_jax.weights import checkpoint, layouts, weight_files
+from addp_jax.weights import checkpoint, dense, layouts, weight_files
 
 OPTIONAL = {"mage": {"tokenizer"}}  # networks that a layout may lack
 
@@ -40,7 +40,8 @@ def export_weights(workdir: str, paths: list[str], output: str, layout: str, ema
     """
     require(workdir=workdir, output=output, layout=layout)
     weight_files.check_output(output, force)
-    needed = {network.name for network in layouts.WRITABLE[layout].parts.values()}
+    own = dense.FORMATS.get(layout)
+    needed = {own.network} if own else {network.name for network in layouts.WRITABLE[layout].parts.values()}
     params, info = checkpoint.load_params(workdir, ema=ema)
     networks = {name: params[name] for name in params if name in needed}
     names = ", ".join(networks) or "none needed"
@@ -54,11 +55,15 @@ def export_weights(workdir: str, paths: list[str], output: str, layout: str, ema
         raise errors.UserError(f"layout={layout}: {lacking}; give a run folder or weight file for each as weights=PATH")
     if missing:
         print(f"{output}: without {', '.join(missing)}, which the official code may ask for; weights=PATH adds it")
-    tensors = layouts.arrange(layout, networks)
-    print(f"{output}: writing {len(tensors)} tensors, {sum(array.nbytes for array in tensors.values()) / 1e6:.0f} MB")
     # With the config if what the run trained can be read back from the file.
-    readable = layout in layouts.READABLE and params.keys() - needed <= {"discriminator"}
-    weight_files.write(output, tensors, layouts.WRITABLE[layout].wrapper, config_text(workdir) if readable else "")
+    readable = (own or layout in layouts.READABLE) and params.keys() - needed <= {"discriminator"}
+    config = config_text(workdir) if readable else ""
+    if own and not config:
+        raise errors.UserError(f"layout={layout}: the sizes of windows are not known without the config of the run")
+    tensors = dense.arrange(layout, networks, json.loads(config)["model"]) if own else layouts.arrange(layout, networks)
+    print(f"{output}: writing {len(tensors)} tensors, {sum(array.nbytes for array in tensors.values()) / 1e6:.0f} MB")
+    wrapper = own.wrapper if own else layouts.WRITABLE[layout].wrapper
+    weight_files.write(output, tensors, wrapper, config)
 
 
 def config_text(workdir: str) -> str:

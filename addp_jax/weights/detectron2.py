@@ -202,11 +202,3 @@ def read_pickle(path: str) -> dict[str, weight_files.Stored]:
             raise weight_files.not_a_tensor(f"{path}: {name}", value)
         found[name] = weight_files.Stored(f"{path}: {name}", value.shape, str(value.dtype), lambda value=value: value)
     return found
-
-
-def write(path: str, params: dict, config: detector.Config) -> None:
-    """Writes a file for detectron2's `DetectionCheckpointer` (.pth), or .safetensors, whole or not at all.
-
-    Raises UserError when it cannot.
-    """
-    weight_files.write(path, to_detectron2(params, config), wrapper="model")

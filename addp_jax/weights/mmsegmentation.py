@@ -157,11 +157,3 @@ def read(path: str) -> tuple[segmenter.Config, dict]:
         return config, from_mmsegmentation(tensors, config)
     except errors.UserError as error:
         raise errors.UserError(f"{path}: {error}") from error
-
-
-def write(path: str, params: dict, config: segmenter.Config) -> None:
-    """Writes a file for mmsegmentation's `load_checkpoint` (.pth), or .safetensors, whole or not at all.
-
-    Raises UserError when it cannot.
-    """
-    weight_files.write(path, to_mmsegmentation(params, config), wrapper="state_dict")
