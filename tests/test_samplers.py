@@ -321,9 +321,8 @@ def test_eight_devices_make_the_images_of_one():
     found = []
     for count in (1, 8):
         mesh = partition.make_mesh(partition.Config(), jax.devices()[:count])
-        keys = jax.random.key_data(jax.random.split(jax.random.key(3), 8))
         with jax.set_mesh(mesh):
-            sample = jit(samplers.per_device(task, 1.0, mesh))
-            keys = jax.random.wrap_key_data(jax.device_put(np.asarray(keys), partition.batch_sharding(mesh)))
-            found.append(np.asarray(sample((params, frozen), (keys, np.zeros((8, 16, 16, 3), np.float32)))).astype(int))
+            batch = partition.put({"number": np.arange(8)}, partition.batch_sharding(mesh))
+            draw = samplers.drawing(task, mesh)
+            found.append(np.asarray(draw((params, frozen, jax.random.key(3)), batch)).astype(int))
     assert np.abs(found[0] - found[1]).max() <= 1 and len(np.unique(found[0], axis=0)) == 8
