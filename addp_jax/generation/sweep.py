@@ -77,9 +77,7 @@ def sweep(program, config: generate.Config, workdir: str) -> None:
     if first:
         print(*pictures.save_pictures(output, {"sweep": pictures.captioned(rows)}), sep="\n")
         path = output / "sweep.jsonl"
-        try:
+        with files.explain(f"config.generate.output: cannot write {path}"):
             files.write_text(path, "".join(lines))
-        except OSError as error:
-            raise errors.UserError(f"config.generate.output: cannot write {path}: {files.reason(error)}") from error
         print(path)
     generate.tell_skipped(start)

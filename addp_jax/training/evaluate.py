@@ -146,9 +146,8 @@ def evaluate(program, workdir: str) -> None:
         measures, provenance = distances(program, params, frozen)
     if jax.process_index() == 0:
         try:
-            for path in pictures.save_pictures(folder, images):
-                print(path)
-        except OSError as error:
-            raise errors.UserError(f"cannot write to {folder}: {files.reason(error)}") from error
+            with files.explain(f"cannot write to {folder}"):
+                for path in pictures.save_pictures(folder, images):
+                    print(path)
         finally:  # what was computed is printed whatever happens to the pictures
             print(json.dumps(scalars | measures | provenance))
