@@ -332,3 +332,10 @@ def test_eight_devices_make_the_images_of_one():
             draw = samplers.drawing(task, mesh)
             found.append(np.asarray(draw((params, frozen, jax.random.key(3)), batch)).astype(int))
     assert np.abs(found[0] - found[1]).max() <= 1 and len(np.unique(found[0], axis=0)) == 8
+
+
+def test_another_sampler_by_its_name_is_another_module_with_its_own_fields():
+    task, *_ = tiny()
+    other = samplers.with_sampler(task, {"name": "token_only", "steps": 5})
+    assert (other.sampler, type(other.sampler_config), other.sampler_config.steps) == (token_only, token_only.Config, 5)
+    assert task.sampler is alternating and task.sampler_config.steps == 3

@@ -135,6 +135,7 @@ def test_the_tokenizers_gradient_holds_nothing_of_the_discriminators_loss(gradie
     assert_close(gradients["loss"]["tokenizer"], weighted(gradients, TOKENIZERS, "tokenizer"))
 
 
+@pytest.mark.medium
 def test_the_discriminators_gradient_holds_nothing_of_the_tokenizers_loss(gradients):
     for name in TOKENIZERS:
         assert size(gradients[name]["discriminator"]) == 0
