@@ -9,6 +9,7 @@ Every module that opens, writes or names a file of the user's goes through here,
     a folder is known to be writable before the work begins                                `require_writable`
     `~` is the home folder                                                                 `expand`
     what goes to a terminal is one line without control characters                         `printable`, `reason`
+    what the system or another library refuses is a UserError                              `explain`
     a mistake of the user's ends a command with one line and status 2                      `exit_on_mistake`
 """
 
@@ -46,6 +47,20 @@ def reason(error: BaseException) -> str:
     """The first line of what an exception says, at most 200 printable characters; of an OSError what the system says."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return printable((text.strip() or type(error).__name__).splitlines()[0], REASON_LENGTH)
+
+
+@contextlib.contextmanager
+def explain(problem: str, *kinds: type[Exception], advice: str = "") -> Iterator[None]:
+    """An error of the block becomes a UserError: `problem`, its reason, and `advice` as it is.
+
+    kinds: OSError where none is given. A UserError passes as it is, unless it is one of the kinds.
+    """
+    try:
+        yield
+    except kinds or OSError as error:
+        if isinstance(error, errors.UserError) and errors.UserError not in kinds:
+            raise
+        raise errors.UserError(f"{problem}: {reason(error)}{advice}") from error
 
 
 @contextlib.contextmanager
@@ -140,9 +155,7 @@ def sync_folder(folder: str | os.PathLike) -> None:
 
 def require_writable(folder: str | os.PathLike, field: str) -> None:
     """Makes `folder` where it is missing. Raises UserError naming `field` if nothing can be written there."""
-    try:
+    with explain(f"{field}: cannot write to {folder}"):
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=os.fspath(folder)) as file:
             file.write(b"\0")
-    except OSError as error:
-        raise errors.UserError(f"{field}: cannot write to {folder}: {reason(error)}") from error

@@ -107,13 +107,13 @@ def run() -> None:
     from addp_jax import modes, processes
 
     members = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    modes.split(CONFIG.value.to_dict())  # a mistake there is said before the other processes are waited for
+    configs = modes.split(CONFIG.value.to_dict())  # a mistake there is said before the other processes are waited for
     if DISTRIBUTED.value or any(value is not None for value in members):
         processes.start(*members, interruptible=MODE.value == "train")
     if MODE.value == "train":
         print(CONFIG.value)
     with processes.noticing_losses():
-        modes.run(MODE.value, CONFIG.value.to_dict(), WORKDIR.value or "")
+        modes.run(MODE.value, *configs, WORKDIR.value or "")
         processes.agreed(True)  # the first one may still be writing
 
 

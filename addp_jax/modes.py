@@ -57,9 +57,9 @@ def split(config: Mapping) -> tuple[program.Config, dict[str, Any]]:
     return schema.build(program.Config, {name: config[name] for name in config if name not in SECTIONS}), sections
 
 
-def run(name: str, config: Mapping, workdir: str) -> None:
-    """Run the mode `name` on the fields `config`. Raises UserError for what the user can put right."""
-    mode, (own, sections) = MODES[name], split(config)
+def run(name: str, own: program.Config, sections: Mapping[str, Any], workdir: str) -> None:
+    """Run the mode `name` on what `split` returns. Raises UserError for what the user can put right."""
+    mode = MODES[name]
     if mode.workdir and not workdir:
         raise errors.UserError("workdir is missing: give a folder for checkpoints, logs and pictures")
     subject = own if mode.trains else program.create(own)

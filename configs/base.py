@@ -10,11 +10,12 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from addp_jax import modes
+from addp_jax.api import loading
 from addp_jax.codecs import vqgan
 from addp_jax.models import layers, pixel_to_token, token_predictor, vit
 from addp_jax.models.heads import Config as ClassifierConfig
 
-SIZES = {"b": dict(width=768, depth=12, heads=12), "l": dict(width=1024, depth=24, heads=16)}  # ViT-B, ViT-L
+SIZES = {name.removeprefix("vit"): sizes for name, sizes in loading.SIZES.items()}  # b, l
 TINY = "tiny"
 
 
@@ -26,8 +27,8 @@ class Networks:
     width: int = 768  # of the encoders and the decoders
     depth: int = 12  # of the encoders
     heads: int = 12
-    decoder_depth: int = 8
-    decoder_heads: int = 16
+    decoder_depth: int = loading.DECODER["depth"]
+    decoder_heads: int = loading.DECODER["heads"]
     dropout: float = 0.1
     token_std: float = 0.02
     unused: int = 1000  # rows of the vocabularies between the codes and the mask token, as the released weights have them

@@ -4,7 +4,7 @@ usage() {
     cat <<'HELP'
 launch/test.sh [--fast] [--slow] [ARGUMENT...]
 
-  --fast        a few minutes at most: leaves out the tests that are marked medium or slow
+  --fast        under three minutes: leaves out the tests that are marked medium or slow
   --slow        also those marked slow; the default leaves only these out
   ARGUMENT...   for pytest: -k sampling, -x, ...
 HELP

@@ -28,7 +28,7 @@ from addp_jax import partition
 
 MARKERS = {
     "golden": "a whole module that compares with numbers of other code; its programs are optimised as users' are",
-    "medium": "takes a while; left out with --fast",
+    "medium": "takes a while; left out with --fast, as are the tests that use `trained`",
     "slow": "a longer run of a test that is there at a shorter length; left out unless --slow",
 }
 peaks = []  # largest resident memory of each finished test process, GiB
@@ -48,7 +48,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: give --slow"))
-        if item.get_closest_marker("medium") and config.getoption("--fast"):
+        # The first user of `trained` trains three stages.
+        if config.getoption("--fast") and (item.get_closest_marker("medium") or "trained" in item.fixturenames):
             item.add_marker(pytest.mark.skip(reason="medium: leave out --fast"))
 
 

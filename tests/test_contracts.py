@@ -52,6 +52,7 @@ def train_whole(config, workdir):
     assert (workdir / "curves.png").exists() and list((workdir / "pictures").glob("*.png"))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", DEMO)  # the others' :tiny are the same programs
 def test_tiny_run_resumes_bit_exactly_and_evaluates(name, trained, tmp_path):
     config = programs.config(name, **weights_for(name, trained))
@@ -86,6 +87,7 @@ def stop_after(config, workdir, steps):
     assert stopped.value.code == 143
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", [name for name in DEMO if "sampler" in programs.fields(name).model])
 def test_generation_writes_its_files_and_depends_on_the_seed_alone(name, trained, tmp_path):
     config = programs.config(name, **weights_for(name, trained))
@@ -136,6 +138,7 @@ def test_every_task_has_a_config(name):
     assert name in {programs.fields(config).task for config in programs.names()}
 
 
+@pytest.mark.medium
 def test_the_chain_runs_on_a_folder_of_jpegs_of_mixed_sizes(tmp_path):
     """From tokenizer to samples and to variations of the photographs themselves."""
     rng = np.random.default_rng(0)

@@ -61,6 +61,7 @@ def test_every_parameter_has_a_layout():
     partition.shardings(make()[1], partition.make_mesh(partition.Config()), convnet.LAYOUT)
 
 
+@pytest.mark.medium
 def test_two_plain_classes_are_learned():
     task, params = make()
     optimizer = optax.adam(1e-2)

@@ -50,6 +50,7 @@ def test_a_classifier_gives_its_features_and_logits(tmp_path, mesh):
     np.testing.assert_allclose(found["logits"], expected, atol=SAME)
 
 
+@pytest.mark.medium
 def test_the_encoder_of_an_addp_run_gives_its_mean_patch(tmp_path, mesh):
     encoder = vit.Config(**BLOCKS, image_size=16, patch_size=8)
     config = pixel_to_token.Config(encoder, layers.TransformerConfig(**BLOCKS), num_codes=8, vocab_size=9)

@@ -117,6 +117,7 @@ def test_decoder_has_room_for_the_known_tokens_of_the_cleanest_mask(name):
     assert task(name).capacity == 125 == LENGTH - diffusion.grid_num_masked(diffusion.MaskSchedule(), LENGTH).min()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", SIZES)
 def test_shapes_of_the_whole_path(name):
     """Image -> tokens -> image and logits; the latter float32 though the computation is bfloat16."""

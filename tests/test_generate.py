@@ -131,7 +131,7 @@ def test_a_sweep_of_what_the_sampler_has_not(program):
         ({"top_k": -1}, "config.model.sampler.top_k"),
     ):  # fmt: skip
         with pytest.raises(errors.UserError, match=words):
-            sweep.with_sampler(program, changes)
+            samplers.with_sampler(program.task, changes)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ def runs(tmp_path_factory):
     return folders
 
 
+@pytest.mark.medium
 def test_a_profile_is_left_for_tensorboard(runs):
     [trace] = (runs[2] / "tensorboard" / "plugins" / "profile").glob("*/*.trace.json.gz")
     names = {event.get("name", "") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
@@ -37,12 +38,14 @@ def test_a_profile_is_left_for_tensorboard(runs):
     assert not (runs[0] / "tensorboard" / "plugins").exists()
 
 
+@pytest.mark.medium
 def test_a_profile_changes_no_number_of_the_run(runs):
     params = [parameters.named_leaves(checkpoint.load_params(str(folder), ema=True)[0]) for folder in runs.values()]
     assert params[0].keys() == params[1].keys()
     assert all(np.array_equal(params[0][name], params[1][name]) for name in params[0])
 
 
+@pytest.mark.medium
 def test_a_run_lists_its_parameters(runs):
     params, _ = checkpoint.load_params(str(runs[0]), ema=True)
     text = (runs[0] / "parameters.txt").read_text()

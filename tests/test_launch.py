@@ -236,6 +236,7 @@ def seen(tools) -> set[str]:
     return set((tools.folder / "seen").read_text().splitlines())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("config, expected", [
     ("configs/in1k.py:b,tiny", f"{programs.ROOT}/configs/in1k.py:b,tiny"), ("configs/mine.py", "configs/mine.py"),
     ("configs/mine.py:tiny", "configs/mine.py:tiny"), ("configs/vitbb.py", "configs/vitbb.py"), ("/tmp/x.py:a", "/tmp/x.py:a"),
@@ -277,6 +278,7 @@ echo '{"step": 1, "eval/top1": 0.5}' >"$run/log.jsonl"
     return str(environment)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("script, arguments, made", [
     ("demo.sh", ("--out", "out", "--data", "pictures"), "out/pictures/samples.png"),
     ("demo.sh", ("--config.data.path=pictures",), "runs/demo/pictures/judged.png"),

@@ -83,6 +83,7 @@ def test_the_backward_pass_computes_again_where_asked(remat):
     assert ("remat" in str(jax.make_jaxpr(loss)(params))) == (remat != "none")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_what_the_backward_pass_computes_again_changes_nothing(remat):
     """Dropout is on: what is computed again must see the same masks."""

@@ -67,6 +67,7 @@ FILES = {
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", FILES)
 def test_every_layout_is_recognised_and_read_bit_for_bit(tmp_path, name):
     state, expected = FILES[name]
@@ -125,6 +126,7 @@ SIZES = {  # the tensors that sizes are taken from
 }
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("prefix", SIZES)
 def test_whatever_shape_a_tensor_has_the_file_is_refused_before_anything_is_made(prefix):
     parts = layouts.split(layouts.READABLE["addp"], official())

@@ -18,6 +18,7 @@ def mix(seed, alpha=0.8, cutmix=1.0, smoothing=0.0):
     return mixup.mix(jax.random.key(seed), IMAGE, LABEL, mixup=alpha, cutmix=cutmix, smoothing=smoothing, num_classes=5)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("alpha, cutmix", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
 def test_the_target_is_the_share_of_pixels(alpha, cutmix):
     for seed in range(20):

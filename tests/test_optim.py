@@ -134,6 +134,7 @@ def test_a_length_of_no_step_is_refused():
         optim.length(optim.Config(), epochs=0.01, steps=0, num_train=100, batch_size=10)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("optimizer", ["adamw", "lars"])
 @pytest.mark.parametrize("not_decayed", [(), ("bias", "scale"), ("kernel",)])
 def test_measured_statistics_stay_as_they_are(optimizer, not_decayed):

@@ -240,6 +240,7 @@ def after_one_step(sizes):
     return jax.device_get((state, metrics))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("sizes", MESHES)
 def test_a_training_step_is_the_same_on_every_mesh(sizes):
     (expected, alone), (found, metrics) = after_one_step((1, 1, 1)), after_one_step(sizes)

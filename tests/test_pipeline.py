@@ -112,6 +112,7 @@ def test_threads_and_prefetch_do_not_change_the_batches(threads, prefetch):
     assert_same(train(10), train(10, config=pipeline.Config(threads=threads, prefetch=prefetch)))
 
 
+@pytest.mark.medium
 def test_worker_processes_do_not_change_the_batches():
     config = pipeline.Config(workers=2)
     assert_same(train(7, start_step=4), train(7, start_step=4, config=config))
@@ -154,6 +155,7 @@ def test_eval_covers_every_example_exactly_once(size, shares):
     assert np.concatenate([batch["number"] for batch in batches])[valid].tolist() == list(range(size))
 
 
+@pytest.mark.medium
 def test_eval_with_worker_processes_is_the_same():
     assert_same(evaluate(13, 4)[0], evaluate(13, 4, config=pipeline.Config(workers=2))[0])
 

@@ -203,7 +203,7 @@ def test_a_task_and_a_source(tmp_path):
     assert "train/loss" in log[0] and any("eval/part/loss" in line for line in log)
     identity = json.loads((tmp_path / "checkpoints" / "identity.json").read_text())
     assert identity["model"] == {"image_size": 16, "weight": 1.0} and identity["data"]["content"].startswith("stripes")
-    modes.run("evaluate", fields, str(tmp_path))
+    modes.run("evaluate", *modes.split(fields), str(tmp_path))
 
 
 def test_a_task_reads_fields_that_only_some_sources_have(tmp_path):
@@ -227,7 +227,7 @@ def test_a_codec_is_trained_and_generates_with_a_sampler(tmp_path):
     model = task.Config(net, codec, tokenizer_weights=weights, sampler=at_once.Config())
     _, fields = trained("token_predictor", model, tmp_path / "predictor")
     assert fields["model"]["sampler"] == {**fields["model"]["sampler"], "name": "at_once", "shift": 0}
-    modes.run("generate", fields, str(tmp_path / "predictor"))
+    modes.run("generate", *modes.split(fields), str(tmp_path / "predictor"))
     assert np.load(tmp_path / "predictor" / "generated" / "samples.npz")["arr_0"].shape == (4, 16, 16, 3)
     settings = json.loads((tmp_path / "predictor" / "generated" / "settings.json").read_text())
     assert settings["sampler.name"] == "at_once" and settings["tokenizer.name"] == "patches"

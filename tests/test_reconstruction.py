@@ -21,6 +21,7 @@ def test_ssim_agrees_with_scikit_image():
     np.testing.assert_allclose(reconstruction.ssim(*pairs()), SCIKIT_IMAGE, rtol=AGREEMENT)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("size", (4, 11, 16))
 def test_an_image_is_equal_to_itself_at_any_size(size):
     image = np.random.default_rng(0).uniform(size=(2, size, size, 3)).astype(np.float32)

@@ -89,6 +89,7 @@ def test_tokenizer_features_agree():
     assert_close(features[0].T.reshape(-1, 16, 16)[::8], expected)
 
 
+@pytest.mark.medium
 def test_reconstruction_agrees(pair):
     latents = released.tokenizer_params()["codebook"][pair["token_ids"]]
     image = np.asarray(tokenize(released.tokenizer_params(), latents, "decode")).transpose(0, 3, 1, 2)
@@ -127,6 +128,7 @@ def test_encoder_agrees(pair):
     assert_close(encoder["final_norm"]["__call__"][0][:, ::16], released.outputs()["latent"])
 
 
+@pytest.mark.medium
 def test_logits_loss_and_gradients_agree(pair):
     gold = released.outputs()
     loss, logits, grads = loss_and_grads(released.addp_params(), **pair)
@@ -150,6 +152,7 @@ def without_key_bias(name, array):
     return np.delete(array.reshape(3, -1), 1, 0) if name.endswith("qkv.bias") else array
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
 def test_label_smoothing_agrees(pair, label_smoothing):
     loss, _, _ = loss_and_grads(released.addp_params(), **pair, label_smoothing=label_smoothing)
@@ -166,6 +169,7 @@ def test_everything_masked_agrees_and_gives_the_encoder_no_gradient(pair):
     assert all(np.all(np.asarray(leaf) == 0) for leaf in jax.tree.leaves(grads["encoder"]))
 
 
+@pytest.mark.medium
 def test_three_adamw_steps_agree(pair):
     """Losses, gradient norms and parameters after three steps of the release's optimizer, from its own masks."""
     gold = released.outputs()
@@ -205,6 +209,7 @@ def probe_scale(name: str) -> float:
     return float(gold["eps_scale"]) if hit else 1.0
 
 
+@pytest.mark.medium
 def test_norm_epsilons_agree(pair):
     """With inputs of the norms scaled to a variance near 1e-6, a wrong epsilon shows."""
     gold = released.outputs()

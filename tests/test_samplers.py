@@ -83,6 +83,7 @@ def history(name) -> History:
     return History(np.asarray(kept.image).reshape(-1, 3, LENGTH, 3), masks, token_ids, plan)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", RUNS)
 def test_known_tokens_never_change_and_are_never_masked_again(name):
     _, masks, token_ids, _ = history(name)
@@ -144,6 +145,7 @@ def test_token_only_counts_are_mages():
     assert after.tolist() == mage + [0]  # the last one is revealed as well
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", ["cosine", "own image", "tokens", "tokens, own image"])
 def test_an_image_does_not_depend_on_its_batch_or_its_place_in_it_and_is_the_last_frame(name):
     sampler, config, mask_ratio = RUNS[name]
@@ -198,6 +200,7 @@ def given(sampler, config, fewest, rows=(0, 1, 2)):
     return kept, end
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("sampler", [alternating, token_only])
 def test_of_given_masks_each_image_follows_its_own_schedule_and_keeps_its_known_tokens(sampler):
     config = samplers.Config(5)
@@ -281,6 +284,7 @@ def tiny():
     return task, {"pixel_to_token": params["net"]}, {"tokenizer": params["tokenizer"]}
 
 
+@pytest.mark.medium
 def test_with_everything_masked_one_row_of_logits_serves_all_and_no_pixel_is_read():
     task, params, frozen = tiny()
     masked, token_ids = np.ones((3, LENGTH), bool), np.arange(3 * LENGTH).reshape(3, LENGTH) % 32
@@ -296,6 +300,7 @@ def every_step(config, length, mask_ratio, fewest):
     return [(length, alternating.At(np.arange(config.steps), counts, noise))]
 
 
+@pytest.mark.medium
 def test_what_saves_work_changes_nothing_nor_does_the_batch():
     """Segments, their capacities and the shared first steps, in a batch of 7; without them in a batch of 3. Logits that
     differ by much more than float noise lead to the same tokens, so no choice is a close one."""
@@ -315,15 +320,22 @@ def test_what_saves_work_changes_nothing_nor_does_the_batch():
     np.testing.assert_allclose(saving.image[:3], plain.image, atol=100 * MARGIN)
 
 
+@pytest.mark.medium
 def test_eight_devices_make_the_images_of_one():
     """Each device samples its own image; alone or side by side, it is the same image."""
     task, params, frozen = tiny()
     found = []
     for count in (1, 8):
         mesh = partition.make_mesh(partition.Config(), jax.devices()[:count])
-        keys = jax.random.key_data(jax.random.split(jax.random.key(3), 8))
         with jax.set_mesh(mesh):
-            sample = jit(samplers.per_device(task, 1.0, mesh))
-            keys = jax.random.wrap_key_data(jax.device_put(np.asarray(keys), partition.batch_sharding(mesh)))
-            found.append(np.asarray(sample((params, frozen), (keys, np.zeros((8, 16, 16, 3), np.float32)))).astype(int))
+            batch = partition.put({"number": np.arange(8)}, partition.batch_sharding(mesh))
+            draw = samplers.drawing(task, mesh)
+            found.append(np.asarray(draw((params, frozen, jax.random.key(3)), batch)).astype(int))
     assert np.abs(found[0] - found[1]).max() <= 1 and len(np.unique(found[0], axis=0)) == 8
+
+
+def test_another_sampler_by_its_name_is_another_module_with_its_own_fields():
+    task, *_ = tiny()
+    other = samplers.with_sampler(task, {"name": "token_only", "steps": 5})
+    assert (other.sampler, type(other.sampler_config), other.sampler_config.steps) == (token_only, token_only.Config, 5)
+    assert task.sampler is alternating and task.sampler_config.steps == 3

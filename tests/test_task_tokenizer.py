@@ -128,12 +128,14 @@ def test_every_parameter_has_a_layout():
     partition.shardings(params, partition.make_mesh(partition.Config()), task.layout)
 
 
+@pytest.mark.medium
 def test_the_tokenizers_gradient_holds_nothing_of_the_discriminators_loss(gradients):
     for name in ADVERSARYS:
         assert size(gradients[name]["tokenizer"]) == 0
     assert_close(gradients["loss"]["tokenizer"], weighted(gradients, TOKENIZERS, "tokenizer"))
 
 
+@pytest.mark.medium
 def test_the_discriminators_gradient_holds_nothing_of_the_tokenizers_loss(gradients):
     for name in TOKENIZERS:
         assert size(gradients[name]["discriminator"]) == 0
@@ -180,6 +182,7 @@ def test_code_statistics_of_known_counts():
     np.testing.assert_allclose([statistics["codebook_usage"], statistics["perplexity"]], [0.5, 2.0], rtol=1e-6)
 
 
+@pytest.mark.medium
 def test_training_lowers_the_error_and_keeps_codes_alive():
     task, params = make(dataclasses.replace(FULL, r1_weight=0.1))
     optimizer = optax.adam(3e-3, 0.9, 0.99)

@@ -59,10 +59,8 @@ def of_run(workdir: str) -> program.Config:
         why = "it is no run, is imported (then give size=), or was trained before runs kept their config"
         advice = "of a run, the command that trained it writes the file if it is run once more"
         raise errors.UserError(f"{workdir} has no {checkpoint.CONFIG_NAME}: {why}; {advice}")
-    try:
+    with files.explain(f"cannot use {path}", OSError, ValueError, errors.UserError):
         return schema.build(program.Config, files.read_json(path))
-    except (OSError, ValueError, errors.UserError) as error:
-        raise errors.UserError(f"cannot use {path}: {files.reason(error)}") from error
 
 
 def of_file(path: str) -> program.Config:
@@ -71,14 +69,13 @@ def of_file(path: str) -> program.Config:
     if not text:
         advice = f"give size= ({' or '.join(SIZES)}), or export the run to .safetensors again"
         raise errors.UserError(f"{path} holds no config: {advice}")
-    try:
+    problem = f"{path}: the config in this file cannot be used"
+    with files.explain(problem, ValueError, KeyError, TypeError, RecursionError, errors.UserError):
         fields = json.loads(text)
         check_numbers(fields)
         config = schema.build(program.Config, {name: fields[name] for name in ("task", "model")})
         sizes = dense.configs(path) or layouts.configs(path)
         check_sizes(schema.build(tasks.load(config.task).Config, config.model, "config.model"), sizes)
-    except (ValueError, KeyError, TypeError, RecursionError, errors.UserError) as error:
-        raise errors.UserError(f"{path}: the config in this file cannot be used: {files.reason(error)}") from error
     return config
 
 

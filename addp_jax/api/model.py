@@ -6,7 +6,6 @@ import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from addp_jax import errors, partition, samplers, schema, tasks
@@ -147,10 +146,13 @@ class Model:
         raise ValueError(f"{method}: a run of the task {task} cannot; load a run of {' or '.join(able)}")
 
     def _sampler(self, method: str, steps, changes: dict) -> samplers.Config:
-        """The sampler's config for one call of `method`."""
+        """The sampler's config for one call of `method`. Raises ValueError naming a wrong field."""
         self._require(method, tasks.Generator)
         steps = {} if steps is None else {"steps": inputs.whole_number("steps", steps, 1)}
-        return other_sampler(self._program.task.sampler_config, changes | steps)
+        try:
+            return samplers.with_sampler(self._program.task, changes | steps).sampler_config
+        except errors.UserError as error:
+            raise ValueError(str(error).replace("config.model.sampler.", "")) from error
 
     def _of_images(self, what: str, images, crop_pct: float, batch_size: int) -> np.ndarray:
         """See `_compile`."""
@@ -158,22 +160,9 @@ class Model:
         return self._over(self._compiled(what), examples, batch_size)
 
     def _make_drawing(self, config: samplers.Config, fewest: int | None):
-        """Jitted `((params, frozen, key), batch) -> uint8 [B,S,S,3]`; fewest: of `samplers.sample`, None: no edit."""
-        task, sampler = self._program.task, schema.module_of(config)
-
-        def run(networks, batch):
-            *nets, key = networks
-            nets = task.nets(*nets)
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["number"])
-            if fewest is None:
-                zeros = jnp.zeros((len(keys), task.image_size, task.image_size, 3))
-                carry = samplers.start(nets, keys, zeros, 1.0)
-            else:
-                carry = samplers.start_with(nets, pixels.to_unit(batch["image"]), batch["mask"])
-            carry, _ = samplers.sample(sampler, config, nets, keys, carry, 1.0, fewest)
-            return pixels.to_uint8(carry.image)
-
-        return jax.jit(partition.per_device(run, self._program.mesh))
+        """See `samplers.drawing`; fewest: None for no edit."""
+        task = samplers.with_sampler(self._program.task, schema.fields(config))
+        return samplers.drawing(task, self._program.mesh, fewest=fewest)
 
     def _compile(self, what: str):
         """Jitted `((params, frozen), batch) -> [B,...]`: what the method tells of its images."""
@@ -212,12 +201,3 @@ class Model:
 
 def seed_of(value) -> int:
     return inputs.whole_number("seed", value, 0, schema.LARGEST_SEED)
-
-
-def other_sampler(config: samplers.Config, changes: dict) -> samplers.Config:
-    """`config` with other fields; with another `name`, that sampler's own. Raises ValueError naming the field."""
-    fields, where = schema.fields(config), "config.model.sampler"
-    try:
-        return schema.build(samplers.Config, fields | changes, where)
-    except errors.UserError as error:
-        raise ValueError(str(error).replace(f"{where}.", "")) from error

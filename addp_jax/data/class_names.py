@@ -8,10 +8,8 @@ def read(path: str) -> tuple[str, ...]:
 
     Raises UserError naming the file and the line: it cannot be read, a line is empty, or a name comes twice.
     """
-    try:
+    with files.explain(f"config.data.class_names: cannot read {path}", OSError, UnicodeDecodeError):
         lines = [line.strip() for line in files.read_lines(path)]
-    except (OSError, UnicodeDecodeError) as error:
-        raise errors.UserError(f"config.data.class_names: cannot read {path}: {files.reason(error)}") from error
     while lines and not lines[-1]:
         lines.pop()
     if not lines:

@@ -107,13 +107,11 @@ def write_records(path: str, batches: Iterable[tuple[np.ndarray, np.ndarray]], p
 
 def save(path: str, fill: Callable[[str], None]) -> None:
     """Makes a file by `fill`, under another name of the same ending until it is complete."""
-    try:
+    with files.explain(f"cannot write {path}"):
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)  # durable enough: it can be made again
         with tempfile.TemporaryDirectory(prefix=".part-", dir=os.path.dirname(path) or ".") as room:
             fill(os.path.join(room, os.path.basename(path)))
             os.replace(os.path.join(room, os.path.basename(path)), path)
-    except OSError as error:
-        raise errors.UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def batches_of(source, transform, function, config: pipeline.Config, batch_size: int, mesh):

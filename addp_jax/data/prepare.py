@@ -61,7 +61,7 @@ def prepare(folder: str, output: str, size: int = 256) -> int:
 
     # Nothing appears before all is well: half a reference set would look like a whole one. The folder lies within
     # `output`, which may be a link, a mounted disk or the current folder.
-    try:
+    with files.explain(f"--output: cannot write to {output!r}"):
         with tempfile.TemporaryDirectory(prefix=PREPARING, dir=output) as folder:
             # Threads suffice: decoding and encoding release the interpreter lock.
             with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -70,8 +70,6 @@ def prepare(folder: str, output: str, size: int = 256) -> int:
                 raise errors.UserError(f"{len(problems)} of {len(source)} images: {parameters.shortened(problems, 5)}")
             for name in sorted(os.listdir(folder)):
                 os.rename(os.path.join(folder, name), os.path.join(output, name))
-    except OSError as error:
-        raise errors.UserError(f"--output: cannot write to {output!r}: {files.reason(error)}") from error
     return len(source)
 
 

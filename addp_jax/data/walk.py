@@ -8,7 +8,7 @@ import sys
 
 import jax
 
-from addp_jax import errors, files, parameters
+from addp_jax import files, parameters
 from addp_jax.data.transforms import EXTENSIONS
 
 ENDINGS = ", ".join(ending[1:] for ending in EXTENSIONS)
@@ -79,10 +79,8 @@ class Walk:
         return paths, sizes
 
     def _try(self, function, path):
-        try:
+        with files.explain(f"{self.field}: cannot read {path!r}"):
             return function(path)
-        except OSError as error:
-            raise errors.UserError(f"{self.field}: cannot read {path!r}: {files.reason(error)}") from error
 
     def announce(self, root: str) -> None:
         """Say what was left out."""

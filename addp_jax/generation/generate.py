@@ -10,13 +10,11 @@ import os
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
 from addp_jax import errors, files, logs, parameters, partition, pictures, processes, samplers, schema, tasks
 from addp_jax.generation import sample_folder, starts
-from addp_jax.ops import images
 
 STRIP_COLUMNS = 20  # steps shown of a film strip, spread evenly
 GIF_FRAMES = 40
@@ -63,32 +61,6 @@ def make_starts(program, config: Config):
     return starts.FromImages(config, program.task.image_size, program.task.config.tokenizer.grid)
 
 
-def make_draw(program, start, seed: int, frames: bool = False):
-    """Jitted `((params, frozen), batch) -> uint8 [B,H,W,3]`, or [B,<=T,H,W,3], the images after each step.
-
-    Each device draws its own images. batch: see `starts.FromNothing.batch`.
-    """
-    task, size = program.task, program.task.image_size
-
-    def run(nets_params, batch):
-        nets = task.nets(*nets_params)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), batch["number"])
-        image = images.to_unit(batch["image"]) if "image" in batch else jnp.zeros((len(keys), size, size, 3))
-        if start.mask_ratio == 0:
-            done = images.to_uint8(samplers.reconstruct(nets, image))
-            return done[:, None] if frames else done
-        if "mask" in batch:
-            carry = samplers.start_with(nets, image, batch["mask"])
-        else:
-            carry = samplers.start(nets, keys, image, start.mask_ratio)
-        keep = (lambda carry: images.to_uint8(carry.image)) if frames else None
-        schedule = task.sampler_config, nets, keys, carry, start.mask_ratio, start.fewest
-        carry, steps = samplers.sample(task.sampler, *schedule, keep)
-        return steps.swapaxes(0, 1) if frames else images.to_uint8(carry.image)
-
-    return jax.jit(partition.per_device(run, program.mesh))
-
-
 def padded(numbers, size: int):
     """`numbers`, the last repeated, up to `size`."""
     return np.pad(numbers, (0, size - len(numbers)), "edge")
@@ -109,11 +81,11 @@ def generate(program, config: Config, workdir: str) -> None:
     with jax.set_mesh(program.mesh), contextlib.ExitStack() as stack:
         params, frozen = program.load_for_sampling(workdir)
         settings = describe(program, config, start, params, frozen)
-        nets_params = program.place(params), program.place(frozen)
+        networks = program.place(params), program.place(frozen), jax.random.key(config.seed)
         first = jax.process_index() == 0  # it alone writes
         folder = stack.enter_context(sample_folder.SampleFolder(output, settings)) if first else None
-        draw_missing(program, config, start, nets_params, folder)
-        strips = film_strips(program, config, start, nets_params)
+        draw_missing(program, config, start, networks, folder)
+        strips = film_strips(program, config, start, networks)
         if folder and any(start.readable(i) for i in range(len(start))):  # their pixels are read while drawing
             collect(folder, start, program.task.image_size, strips)
     tell_skipped(start)
@@ -142,7 +114,7 @@ def describe(program, config: Config, start, params, frozen) -> dict:
     }
 
 
-def draw_missing(program, config: Config, start, nets_params, folder) -> None:
+def draw_missing(program, config: Config, start, networks, folder) -> None:
     """Draw what `folder` lacks. Every process takes part in every batch; the one that has the `folder` writes.
 
     Batches begin at the same numbers however often the run was stopped, so that the same program sees the same rows.
@@ -151,7 +123,8 @@ def draw_missing(program, config: Config, start, nets_params, folder) -> None:
     missing = processes.from_first(folder.missing(names) if folder else np.zeros(len(names), bool))
     done, drawn = int((~missing).sum()), []
     progress = logs.Progress(len(names), done, unit="image", enabled=folder is not None)
-    draw, size = make_draw(program, start, config.seed), partition.batch_size(config.batch_size, program.mesh)
+    draw = samplers.drawing(program.task, program.mesh, start.mask_ratio, start.fewest)
+    size = partition.batch_size(config.batch_size, program.mesh)
     for first in range(0, len(names), size):
         numbers = np.arange(first, min(first + size, len(names)))
         if not missing[numbers].any():
@@ -160,7 +133,7 @@ def draw_missing(program, config: Config, start, nets_params, folder) -> None:
         rows = [row for row, i in enumerate(numbers) if missing[i] and start.readable(i)]
         if not rows:
             continue
-        drawn.append((rows, batch, draw(nets_params, partition.put(batch, partition.batch_sharding(program.mesh)))))
+        drawn.append((rows, batch, draw(networks, partition.put(batch, partition.batch_sharding(program.mesh)))))
         if len(drawn) > 1:
             hand_over(folder, start, *drawn.pop(0))  # while the devices draw the batch after it
         done += len(rows)
@@ -181,15 +154,15 @@ def hand_over(folder, start, rows, batch, images) -> None:
         folder.write(start.name(i), functools.partial(start.finished, i, images[row], batch, row))
 
 
-def film_strips(program, config: Config, start, nets_params):
+def film_strips(program, config: Config, start, networks):
     """For the first `strips` images, uint8 [n,?,H,W,3]: the own image and what is hidden of it, if any, and the image
     after each step, at most GIF_FRAMES of them. None when no strips are wanted."""
     numbers = [i for i in range(len(start)) if start.readable(i)][: config.strips]
     if not numbers:
         return None
     batch = start.batch(padded(numbers, partition.batch_size(len(numbers), program.mesh)))
-    draw = make_draw(program, start, config.seed, frames=True)
-    frames = partition.whole(draw(nets_params, partition.put(batch, partition.batch_sharding(program.mesh))))
+    draw = samplers.drawing(program.task, program.mesh, start.mask_ratio, start.fewest, frames=True)
+    frames = partition.whole(draw(networks, partition.put(batch, partition.batch_sharding(program.mesh))))
     frames = frames[:, spread(frames.shape[1], GIF_FRAMES)]
     finished = [start.finished(i, frames[row], batch, row) for row, i in enumerate(numbers)]
     return np.stack([np.stack([*start.before(batch, row), *strip]) for row, strip in enumerate(finished)])

@@ -33,13 +33,11 @@ class SampleFolder:
         self._images = self.path / "images"
         self._threads = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "png")
         self._pending = []
-        try:
+        with self._explain():
             self._images.mkdir(parents=True, exist_ok=True)
             for leftover in self._images.glob(f"*{files.TEMPORARY}"):
                 leftover.unlink()
             self._require(json.loads(json.dumps(settings)))
-        except OSError as error:
-            raise self._problem(error) from error
 
     def _require(self, settings: dict) -> None:
         file = self.path / "settings.json"
@@ -74,10 +72,8 @@ class SampleFolder:
     def wait(self, allowed: int = 0) -> None:
         """Until at most `allowed` images are still to be written."""
         while len(self._pending) > allowed:
-            try:
+            with self._explain():
                 self._pending.pop(0).result()
-            except OSError as error:
-                raise self._problem(error) from error
 
     def read(self, names: Sequence[str]) -> Iterator[np.ndarray]:
         """uint8 [H,W,3] each, in order."""
@@ -95,14 +91,12 @@ class SampleFolder:
                 for image in self.read(names):
                     array.write(image.tobytes())
 
-        try:
+        with self._explain():
             files.replace(path, stream)
-        except OSError as error:
-            raise self._problem(error) from error
         return path
 
-    def _problem(self, error: OSError) -> errors.UserError:
-        return errors.UserError(f"config.generate.output: cannot write to {self.path}: {error.strerror or error}")
+    def _explain(self):
+        return files.explain(f"config.generate.output: cannot write to {self.path}")
 
     def __enter__(self) -> SampleFolder:
         return self

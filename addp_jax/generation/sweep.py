@@ -8,7 +8,6 @@ draws the first images with each of the six combinations. Any fields of `config.
 from __future__ import annotations
 
 import ast
-import copy
 import dataclasses
 import itertools
 import json
@@ -17,7 +16,7 @@ import pathlib
 
 import jax
 
-from addp_jax import errors, files, logs, partition, pictures, schema
+from addp_jax import errors, files, logs, partition, pictures, samplers
 from addp_jax.generation import generate
 from addp_jax.training import evaluate
 
@@ -44,14 +43,6 @@ def literal(text: str):
         return text
 
 
-def with_sampler(program, changes: dict):
-    """`program` with other fields of its sampler. Raises UserError on fields and values that it has not."""
-    task = copy.copy(program.task)
-    fields = dataclasses.asdict(task.sampler_config) | changes
-    task.sampler_config = schema.build(type(task.sampler_config), fields, "config.model.sampler")
-    return dataclasses.replace(program, task=task)
-
-
 def sweep(program, config: generate.Config, workdir: str) -> None:
     """Write `sweep.png`, a row of images for each setting, and `sweep.jsonl`, a line for each.
 
@@ -62,20 +53,21 @@ def sweep(program, config: generate.Config, workdir: str) -> None:
     output = pathlib.Path(config.output or os.path.join(workdir, "sweep"))
     files.require_writable(output, "config.generate.output")
     start = generate.make_starts(program, config)
-    programs = [with_sampler(program, changes) for changes in combinations]
+    variants = [samplers.with_sampler(program.task, changes) for changes in combinations]
     rows, lines, first = [], [], jax.process_index() == 0  # it alone writes
-    progress = logs.Progress(len(programs), 0, unit="setting", enabled=first)
+    progress = logs.Progress(len(combinations), 0, unit="setting", enabled=first)
     with jax.set_mesh(program.mesh):
-        nets_params = [program.place(networks) for networks in program.load_for_sampling(workdir)]
+        networks = [program.place(part) for part in program.load_for_sampling(workdir)]
         numbers = [i for i in range(len(start)) if start.readable(i)][:COLUMNS]
         own = start.batch(generate.padded(numbers, partition.batch_size(len(numbers), program.mesh)))
         shown = [row for row, i in enumerate(numbers) if start.readable(i)]  # their pixels have been read now
         if not shown:
             generate.tell_skipped(start)
         batch = partition.put(own, partition.batch_sharding(program.mesh))
-        for changes, changed in zip(combinations, programs):
-            images = partition.whole(generate.make_draw(changed, start, config.seed)(nets_params, batch))
-            measures, _ = evaluate.distances(changed, *nets_params)
+        for changes, task in zip(combinations, variants):
+            draw = samplers.drawing(task, program.mesh, start.mask_ratio, start.fewest)
+            images = partition.whole(draw((*networks, jax.random.key(config.seed)), batch))
+            measures, _ = evaluate.distances(dataclasses.replace(program, task=task), *networks)
             caption = [f"{name} {value}" for name, value in changes.items()]
             caption += [f"{name} {value:.2f}" for name, value in list(measures.items())[:1]]  # the Frechet distance
             rows.append((", ".join(caption), pictures.grid(images[shown], COLUMNS)))
@@ -85,9 +77,7 @@ def sweep(program, config: generate.Config, workdir: str) -> None:
     if first:
         print(*pictures.save_pictures(output, {"sweep": pictures.captioned(rows)}), sep="\n")
         path = output / "sweep.jsonl"
-        try:
+        with files.explain(f"config.generate.output: cannot write {path}"):
             files.write_text(path, "".join(lines))
-        except OSError as error:
-            raise errors.UserError(f"config.generate.output: cannot write {path}: {files.reason(error)}") from error
         print(path)
     generate.tell_skipped(start)

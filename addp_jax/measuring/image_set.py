@@ -88,13 +88,12 @@ class ImageSet:
                 chosen = self._chosen[first : first + batch_size]
                 start = self._chosen[first - 1] + 1 if first else 0
                 size = (chosen[-1] + 1 - start) * image_bytes
-                try:  # zipfile compares the checksum once all is read
+                # A damaged archive makes zipfile and zlib raise nearly anything.
+                with files.explain(f"{self.flag}={self.path}", Exception, advice="; make it again"):
                     file.read(0 if first else skip)
                     data = file.read(size)
                     if chosen[-1] + 1 == self.of:
-                        file.read()
-                except Exception as error:  # a damaged archive makes zipfile and zlib raise nearly anything
-                    raise errors.UserError(f"{self.flag}={self.path}: {reason(error)}; make it again") from error
+                        file.read()  # zipfile compares the checksum once all is read
                 if len(data) < size:
                     advice = f"{ARRAY} ends before image {chosen[-1]}; make it again"
                     raise errors.UserError(f"{self.flag}={self.path}: {advice}")
@@ -103,12 +102,10 @@ class ImageSet:
 
 def read_header(path: str, flag: str) -> tuple[tuple[int, ...], int]:
     """Shape [N,H,W,3] of the images in an .npz, and the bytes before them. Raises UserError if there are none."""
-    try:
+    advice = "; give a folder of images or an .npz with arr_0"
+    with files.explain(f"{flag}={path}", Exception, advice=advice):  # what is no npz raises nearly anything
         with files.open_regular(path) as raw, zipfile.ZipFile(raw) as archive:
             shape, fortran, dtype, skip = array_header(archive, ARRAY)
-    except Exception as error:  # what is no npz makes numpy and zipfile raise nearly anything
-        advice = "give a folder of images or an .npz with arr_0"
-        raise errors.UserError(f"{flag}={path}: {reason(error)}; {advice}") from error
     if dtype != np.uint8 or fortran or len(shape) != 4 or shape[-1] != 3 or min(shape) < 1:
         raise errors.UserError(f"{flag}={path}: arr_0 is {dtype} {list(shape)}; expected uint8 images [N,H,W,3]")
     return shape, skip
@@ -116,7 +113,7 @@ def read_header(path: str, flag: str) -> tuple[tuple[int, ...], int]:
 
 def read_arrays(path: str, names: tuple[str, ...], flag: str) -> dict[str, np.ndarray]:
     """Those of the numeric arrays `names` that an .npz holds, whole. Raises UserError naming a damaged file."""
-    try:
+    with files.explain(f"{flag}={path}", Exception):  # as above
         with files.open_regular(path) as raw, zipfile.ZipFile(raw) as archive:
             held = [name for name in names if f"{name}.npy" in archive.namelist()]
             for name in held:
@@ -124,8 +121,6 @@ def read_arrays(path: str, names: tuple[str, ...], flag: str) -> dict[str, np.nd
             raw.seek(0)
             with np.load(raw) as loaded:
                 return {name: loaded[name] for name in held}
-    except Exception as error:  # as above
-        raise errors.UserError(f"{flag}={path}: {reason(error)}") from error
 
 
 def array_header(archive: zipfile.ZipFile, name: str):
@@ -133,6 +128,8 @@ def array_header(archive: zipfile.ZipFile, name: str):
 
     Raises ValueError if it holds fewer bytes than it claims: nothing larger than the file is ever made of it.
     """
+    if name not in archive.namelist():
+        raise ValueError(f"it holds no {name}")
     entry = archive.getinfo(name)
     if entry.file_size > LARGEST_RATIO * max(entry.compress_size, 1):
         raise ValueError(f"{name} claims more bytes than the file holds")
@@ -145,7 +142,3 @@ def array_header(archive: zipfile.ZipFile, name: str):
     if dtype.hasobject or claimed != entry.file_size - skip or min(shape, default=1) < 0:
         raise ValueError(f"{name} claims {dtype} {list(shape)}, but the file does not hold as many bytes")
     return shape, fortran, dtype, skip
-
-
-def reason(error: Exception) -> str:
-    return files.reason(error).strip("'\"")

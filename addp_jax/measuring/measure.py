@@ -208,10 +208,8 @@ def main(argv=None) -> None:
         files.require_writable(os.path.dirname(options.output) or ".", "--output")
     print(text := json.dumps(run(options)))
     if options.output:
-        try:
+        with files.explain(f"--output={options.output}"):
             files.write_text(options.output, text + "\n")
-        except OSError as error:
-            raise errors.UserError(f"--output={options.output}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -141,7 +141,8 @@ def sampling(run: program.TrainingProgram, frozen, batch_size: int) -> list[Row]
     keys = jax.device_put(jax.random.split(jax.random.key(0), batch_size), partition.batch_sharding(mesh))
     shape = jax.ShapeDtypeStruct((batch_size, task.image_size, task.image_size, 3), jnp.float32)
     images = made_up(shape, partition.batch_sharding(mesh))
-    whole = measure("sampling", samplers.per_device(task, 1.0, mesh), (params, frozen), (keys, images))
+    numbers = {"number": made_up(jax.ShapeDtypeStruct((batch_size,), jnp.int32), partition.batch_sharding(mesh))}
+    whole = measure("sampling", samplers.drawing(task, mesh), (params, frozen, jax.random.key(0)), numbers)
     rows = {}
     for static, at in task.sampler.segments(task.sampler_config, length, 1.0):
 

@@ -17,8 +17,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from addp_jax import errors, files, partition, program, schema, tasks, weights
-from addp_jax.generation import generate, starts
+from addp_jax import errors, files, partition, program, samplers, schema, tasks, weights
+from addp_jax.generation import generate
 from addp_jax.planning import flops, hlo, topologies
 
 IMAGENET = 1_281_167  # images of an epoch, where the config does not limit them
@@ -83,7 +83,8 @@ def sampling(run: program.TrainingProgram, config: dict):
     batch = {"number": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=partition.batch_sharding(run.mesh))}
     frozen, params = _whole(run, run.task.load_for_sampling()), _whole(run, run.state.params)
     sizes = _sizes(params, frozen, batch) | {"batch_size": size, "optimizer_bytes": 0, "donated": 0}
-    return generate.make_draw(run, starts.FromNothing(settings), settings.seed), ((params, frozen), batch), sizes
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=partition.replicated(run.mesh))
+    return samplers.drawing(run.task, run.mesh), ((params, frozen, key), batch), sizes
 
 
 PROGRAMS = {"train": training, "sample": sampling}

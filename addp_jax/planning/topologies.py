@@ -112,10 +112,8 @@ def describe(name: Name) -> list:
         platform, text, advice = "tpu", f"{name.kind}:{'x'.join(map(str, name.shape))}", ""
         options = dict(CHIPS[name.kind].options) | ({"num_slices": name.slices} if name.slices > 1 else {})
         options |= {"chips_per_host_bounds": (1, 1, 1)} if name.chips < 4 else {}
-    try:
+    with files.explain(f"topology={name}", RuntimeError, ValueError, advice=advice):
         return topologies.get_topology_desc(platform=platform, topology_name=text, **options).devices
-    except (RuntimeError, ValueError) as error:  # the compiler's own words end in a stack trace
-        raise errors.UserError(f"topology={name}: {files.reason(error)}{advice}") from error
 
 
 def _target(kind: str) -> str:

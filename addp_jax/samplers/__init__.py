@@ -9,6 +9,7 @@ the batch it is in.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Callable, NamedTuple, Protocol
 
 import jax
@@ -165,13 +166,34 @@ def unconditional(task, count: int):
     return run
 
 
-def per_device(task, mask_ratio: float, mesh):
-    """`((params, frozen), (keys [B], images [B,H,W,3])) -> uint8 [B,H,W,3]`; each device samples its own images."""
+def drawing(task, mesh, mask_ratio: float = 1.0, fewest: int | None = None, frames: bool = False):
+    """Jitted `((params, frozen, key), batch) -> uint8 [B,H,W,3]`, or [B,<=T,H,W,3], the images after each step.
 
-    def run(nets_params, batch):
-        nets = task.nets(*nets_params)
-        carry = start(nets, *batch, mask_ratio)
-        carry, _ = sample(task.sampler, task.sampler_config, nets, batch[0], carry, mask_ratio)
-        return images.to_uint8(carry.image)
+    Each device draws its own images. A batch holds `number` [B]: the draws of an image depend on it and on the key. Images
+    that start from others have these as `image` uint8 [B,H,W,3], and if it is given what of them is hidden, `mask` [B,L].
 
-    return partition.per_device(run, mesh)
+    task: a `tasks.Generator`. mask_ratio, fewest: of `sample`; a ratio of 0 gives reconstructions.
+    """
+
+    def run(networks, batch):
+        *networks, key = networks
+        nets, size = task.nets(*networks), task.image_size
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["number"])
+        image = images.to_unit(batch["image"]) if "image" in batch else jnp.zeros((len(keys), size, size, 3))
+        if mask_ratio == 0:
+            done = images.to_uint8(reconstruct(nets, image))
+            return done[:, None] if frames else done
+        carry = start_with(nets, image, batch["mask"]) if "mask" in batch else start(nets, keys, image, mask_ratio)
+        keep = (lambda carry: images.to_uint8(carry.image)) if frames else None
+        carry, steps = sample(task.sampler, task.sampler_config, nets, keys, carry, mask_ratio, fewest, keep)
+        return steps.swapaxes(0, 1) if frames else images.to_uint8(carry.image)
+
+    return jax.jit(partition.per_device(run, mesh))
+
+
+def with_sampler(task, changes: dict):
+    """`task` with other fields of its sampler; with another `name`, another sampler. Raises UserError naming a wrong one."""
+    task, fields = copy.copy(task), schema.fields(task.sampler_config) | changes
+    task.sampler_config = schema.build(Config, fields, "config.model.sampler")
+    task.sampler = schema.module_of(task.sampler_config)
+    return task

@@ -70,13 +70,12 @@ def distances(program, params, frozen) -> tuple[dict, dict]:
         return {}, {}
     net, make, source = prepare(program)
     batch_size = partition.batch_size(config.batch_size, mesh)
-    real, samples = Images(net), Images(net)
+    real, samples, networks = Images(net), Images(net), (params, frozen, keys.of(config.seed, "samples"))
     for index, batch in enumerate(on_device(program, source, batch_size)):
         numbers = np.arange(index * batch_size, (index + 1) * batch_size)
-        rngs = jax.vmap(jax.random.fold_in, (None, 0))(keys.of(config.seed, "samples"), numbers)
         valid = partition.whole(batch["valid"])
         real.add(batch["image"], valid)
-        samples.add(make((params, frozen), (rngs, images.to_unit(batch["image"]))), valid)
+        samples.add(make(networks, {"number": numbers, "image": batch["image"]}), valid)
     values, prefix = feature_sets.compare(real.features, samples.features), ""
     if isinstance(program.task, tasks.Autoencoder):
         values, prefix = {"frechet": values["frechet"]}, "r"
@@ -125,11 +124,12 @@ def feature_net(name: str, weights: str, mesh):
 
 @functools.cache  # the second evaluation compiles nothing
 def images_of(task, mesh):
-    """Jitted `((params, frozen), (keys [B], images [B,H,W,3])) -> uint8 [B,H,W,3]`: reconstructions or samples."""
+    """See `samplers.drawing`; of an Autoencoder, the reconstructions of the batch's `image`."""
     if isinstance(task, tasks.Autoencoder):
-        return jax.jit(lambda nets, batch: images.to_uint8(task.reconstruct(*nets, batch[1])))
+        reconstruct = lambda params, frozen, key, image: task.reconstruct(params, frozen, images.to_unit(image))
+        return jax.jit(lambda networks, batch: images.to_uint8(reconstruct(*networks, batch["image"])))
     if isinstance(task, tasks.Generator):
-        return jax.jit(samplers.per_device(task, 1.0, mesh))
+        return samplers.drawing(task, mesh)
     raise errors.UserError('config.evaluate.features: this task makes no images to compare; use ""')
 
 
@@ -146,12 +146,11 @@ def evaluate(program, workdir: str) -> None:
         measures, provenance = distances(program, params, frozen)
     if jax.process_index() == 0:
         try:
-            for path in pictures.save_pictures(folder, images):
-                print(path)
-            for name, text in texts.items():
-                files.write_text(os.path.join(folder, name), text)
-                print(os.path.join(folder, name))
-        except OSError as error:
-            raise errors.UserError(f"cannot write to {folder}: {files.reason(error)}") from error
+            with files.explain(f"cannot write to {folder}"):
+                for path in pictures.save_pictures(folder, images):
+                    print(path)
+                for name, text in texts.items():
+                    files.write_text(os.path.join(folder, name), text)
+                    print(os.path.join(folder, name))
         finally:  # what was computed is printed whatever happens to the pictures
             print(json.dumps(scalars | measures | provenance))

@@ -60,10 +60,8 @@ def write_config(run: TrainingProgram, workdir: str) -> None:
     if jax.process_index() != 0:
         return
     fields = schema.fields(dataclasses.replace(run.config, model=run.task.config))
-    try:
+    with files.explain(f"workdir: cannot write to {workdir}"):
         files.write_text(f"{workdir}/{checkpoint.CONFIG_NAME}", json.dumps(fields, indent=1) + "\n")
-    except OSError as error:
-        raise errors.UserError(f"workdir: cannot write to {workdir}: {files.reason(error)}") from error
 
 
 def train(config: program.Config, workdir: str) -> None:

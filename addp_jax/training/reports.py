@@ -92,16 +92,7 @@ class Writer:
             self._flushed = time.monotonic()
 
     def _naming_errors(self):
-        return _naming_errors(f"write to workdir {self._workdir}")
-
-
-@contextlib.contextmanager
-def _naming_errors(action):
-    """An OSError inside becomes a UserError: cannot `action`."""
-    try:
-        yield
-    except OSError as error:
-        raise errors.UserError(f"cannot {action}: {files.reason(error)}") from error
+        return files.explain(f"cannot write to workdir {self._workdir}")
 
 
 def parameters(workdir, networks: dict) -> str:
@@ -110,7 +101,7 @@ def parameters(workdir, networks: dict) -> str:
     networks: {name: nested dict whose leaves have shape, dtype and, if any, sharding}.
     """
     path = pathlib.Path(workdir) / "parameters.txt"
-    with _naming_errors(f"write {path}"):
+    with files.explain(f"cannot write {path}"):
         files.write_text(path, parameter_overview.get_parameter_overview(networks, include_stats="sharding") + "\n")
     counts = {name: int(parameter_overview.count_parameters(net)) for name, net in networks.items()}
     each = ", ".join(f"{name} {count:,}" for name, count in counts.items())
@@ -147,7 +138,7 @@ class Trace:
                 profiler.stop()
 
     def _naming_errors(self):
-        return _naming_errors(f"write the profile of config.profile to {self._workdir}")
+        return files.explain(f"cannot write the profile of config.profile to {self._workdir}")
 
 
 def curves(log_path, out_png, keys=()):
@@ -162,7 +153,7 @@ def curves(log_path, out_png, keys=()):
         raise errors.UserError("drawing curves needs matplotlib: pip install matplotlib") from error
     from matplotlib import figure
 
-    with _naming_errors(f"read {log_path}"):
+    with files.explain(f"cannot read {log_path}"):
         lines = _read_log(log_path)
     evaluated = sorted({key for line in lines for key in line if key.startswith("eval/") and "/class/" not in key})
     keys = keys or ["train/loss", *evaluated]

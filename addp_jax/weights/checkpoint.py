@@ -190,10 +190,8 @@ class Checkpointer:
             then = "no older one is left" if older is None else f"going on from step {older}"
             print(f"checkpoint {folder} is damaged ({problem}); {then}", file=sys.stderr)
             names = (f"{folder}.damaged{number or ''}" for number in itertools.count())
-            try:
+            with files.explain(f"cannot set aside the damaged {folder}"):
                 os.rename(folder, next(name for name in names if not os.path.lexists(name)))
-            except OSError as error:
-                raise errors.UserError(f"cannot set aside the damaged {folder}: {files.reason(error)}") from error
         processes.agreed(True)  # wait for the rename
         self._orbax().reload()
 

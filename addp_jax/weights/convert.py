@@ -72,12 +72,10 @@ def config_text(workdir: str) -> str:
     if not os.path.exists(path):
         print(f"{path} is missing: the file will hold no config, so that its sizes must be given where it is loaded")
         return ""
-    try:
+    advice = "; delete it to export without a config"
+    with files.explain(f"cannot read {path}", OSError, ValueError, KeyError, TypeError, advice=advice):
         fields = files.read_json(path)
         return json.dumps({name: fields[name] for name in ("task", "model")})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        advice = "delete it to export without a config"
-        raise errors.UserError(f"cannot read {path}: {files.reason(error)}; {advice}") from error
 
 
 def require(**arguments) -> None:

@@ -79,7 +79,7 @@ class File:
     def __init__(self, path: str):
         """Raises UserError naming the file if it is damaged or no file of PyTorch's."""
         self.path = path
-        try:
+        with files.explain(f"{path} is damaged or cut short", Exception):  # a hostile zip can raise anything
             with files.open_regular(path) as file:
                 self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self.size = len(self.data)
@@ -89,10 +89,6 @@ class File:
                 self.tree, self.records = self.open_older()
             else:
                 raise self.error("is not a PyTorch file: it begins with other bytes")
-        except errors.UserError:
-            raise
-        except Exception as error:  # a hostile zip can make zipfile raise anything
-            raise self.error(f"is damaged or cut short: {files.reason(error)}") from error
 
     def error(self, problem: str) -> errors.UserError:
         return errors.UserError(f"{self.path} {problem}")

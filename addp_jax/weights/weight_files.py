@@ -67,13 +67,9 @@ class Stored:
     def __array__(self, dtype=None, copy=None):
         if self.dtype not in FLOATS:
             raise errors.UserError(f"{self.where} is {self.dtype}; weights are {', '.join(FLOATS)}")
-        try:
-            with np.errstate(over="ignore"):  # what overflows is refused below
-                array = np.array(self.read(), np.float32)  # a copy: the file may change while its values are in use
-        except errors.UserError:
-            raise
-        except Exception as error:  # the file was changed, or its disk fails
-            raise errors.UserError(f"{self.where} cannot be read: {files.reason(error)}") from error
+        # Any error: the file was changed, or its disk fails. What overflows is refused below.
+        with files.explain(f"{self.where} cannot be read", Exception), np.errstate(over="ignore"):
+            array = np.array(self.read(), np.float32)  # a copy: the file may change while its values are in use
         if not np.isfinite(array).all():
             raise errors.UserError(f"{self.where} holds values that are NaN or infinite")
         self.on_read()
@@ -98,11 +94,8 @@ def read(path: str) -> dict[str, Stored]:
 
 def refuse_other_kinds(path: str, extension: str) -> None:
     """Raises UserError if the first bytes are those of another kind of file than `extension` says."""
-    try:
-        with files.open_regular(path) as file:
-            start = file.read(512)
-    except (OSError, ValueError) as error:
-        raise errors.UserError(f"{path} cannot be read: {files.reason(error)}") from error
+    with files.explain(f"{path} cannot be read", OSError, ValueError), files.open_regular(path) as file:
+        start = file.read(512)
     if not start:
         raise errors.UserError(f"{path} is empty: copy or download it again")
     if re.search(r"\.(index|meta|data-\d+-of-\d+)$", path.lower()):
@@ -140,10 +133,8 @@ def read_config(path: str) -> str:
     if not path.lower().endswith(".safetensors"):
         return ""
     refuse_other_kinds(path, ".safetensors")
-    try:
+    with files.explain(f"{path} is not a whole safetensors file", Exception):  # as above
         return (safetensors.safe_open(path, "numpy").metadata() or {}).get(CONFIG_KEY, "")
-    except Exception as error:  # as above
-        raise errors.UserError(f"{path} is not a whole safetensors file: {files.reason(error)}") from error
 
 
 def read_torch(path: str) -> dict[str, Stored]:
@@ -168,10 +159,8 @@ def read_torch(path: str) -> dict[str, Stored]:
 
 def read_msgpack(path: str) -> dict[str, Stored]:
     """Of a file of `flax.serialization`."""
-    try:
+    with files.explain(f"{path} is not a whole flax msgpack file", Exception):  # numpy and msgpack raise anything
         tree = serialization.msgpack_restore(files.read_bytes(path))
-    except Exception as error:  # numpy and msgpack raise whatever a hostile file makes them
-        raise errors.UserError(f"{path} is not a whole flax msgpack file: {files.reason(error)}") from error
     tensors, waiting = {}, [("", tensors_of(path, tree))]
     while waiting:  # no recursion: a file can nest deeply
         prefix, branch = waiting.pop()
@@ -262,10 +251,8 @@ def write(path: str, tensors: dict[str, np.ndarray], wrapper: str, config: str =
     if size > free:
         raise errors.UserError(f"{path} needs {size / 1e6:.0f} MB, and its disk has {free / 1e6:.0f} MB left")
     function, text = (write_safetensors, config) if path.lower().endswith(".safetensors") else (write_torch, wrapper)
-    try:
+    with files.explain(f"cannot write {path}", OSError, RuntimeError, advice="; is the disk full?"):
         files.replace(path, lambda file: function(file, tensors, text))
-    except (OSError, RuntimeError) as error:
-        raise errors.UserError(f"cannot write {path}: {files.reason(error)}; is the disk full?") from error
 
 
 def write_safetensors(file: IO[bytes], tensors: dict[str, np.ndarray], config: str = "") -> None:

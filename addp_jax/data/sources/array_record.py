@@ -30,13 +30,11 @@ class ArrayRecord(sources.Source):
         paths = shards(path, split)
         self._records = _open_shards(paths)
         list_file = os.path.join(os.path.dirname(paths[0]), f"{split}-classes.json")
-        try:
+        with files.explain(f"config.data.path: cannot read {list_file}", OSError, ValueError):
             names = files.read_json(list_file)
             strings = isinstance(names, list) and all(isinstance(name, str) for name in names)
             if not strings or len(set(names)) < len(names):
                 raise ValueError("not a list of different names")
-        except (OSError, ValueError) as error:
-            raise errors.UserError(f"config.data.path: cannot read {list_file}: {files.reason(error)}") from error
         self.classes = tuple(names)
 
     def fingerprint(self, times: bool = False) -> str:

@@ -65,10 +65,8 @@ class ImageFolder(sources.Files):
 
 def _classes(folder: str) -> list[str]:
     """The names of the sub-folders with images, sorted; those without are named in a line."""
-    try:
+    with files.explain(f"config.data.path: cannot read {folder!r}"):
         names = sorted(entry.name for entry in os.scandir(folder) if walk.is_folder(entry) and entry.name[0] != ".")
-    except OSError as error:
-        raise errors.UserError(f"config.data.path: cannot read {folder!r}: {files.reason(error)}") from error
     classes = [name for name in names if name not in walk.JUNK and walk.has_image(os.path.join(folder, name))]
     if classes and (empty := [name for name in names if name not in classes]):
         walk.announce(f"{folder}: {len(empty)} folders without images are no classes: {_shortened(empty)}")

@@ -19,11 +19,8 @@ class MetaList(sources.Files):
 
     def __init__(self, root: str, split: str = "train"):
         list_file = os.path.join(root, "meta", f"{split}.txt")
-        try:
+        with files.explain(f"config.data.path: cannot read the list {list_file}", OSError, UnicodeDecodeError):
             lines = files.read_lines(list_file)
-        except (OSError, UnicodeDecodeError) as error:
-            reason = files.reason(error)
-            raise errors.UserError(f"config.data.path: cannot read the list {list_file}: {reason}") from error
         entries = [_entry(line, f"{list_file} line {n}") for n, line in enumerate(lines, 1) if line.strip()]
         if not entries:
             raise errors.UserError(f"config.data.path: the list {list_file} is empty")
