@@ -1,4 +1,4 @@
-"""Demo: find the generated shapes, several in a picture of 128 pixels: boxes, masks and names. An hour on two CPU cores.
+"""Demo: find the generated shapes, several in a picture of 128 pixels: boxes, masks and names. Half an hour on two CPU cores.
 
 `--config.model.encoder_weights=` (empty) trains the same network from scratch.
 
@@ -24,9 +24,9 @@ def get_config(arg=""):
         net, max_objects=8, mask_size=56, jitter=(0.7, 1.4), anchor_sizes=(16.0, 32.0, 64.0, 128.0, 256.0),
         rpn_samples=64, roi_samples=64, train_best=256, train_proposals=128, best=256, proposals=64, detections=32,
     )  # fmt: skip
-    config = demo.run("detection", model, 4000, 8, 1e-3)
+    config = demo.run("detection", model, 1600, 8, 1e-3)
     coco.finetune(config, layer_decay=1.0)
     config.data.update(plain=False, max_objects=5, num_eval=500, flip=True, threads=2)
     config.optim.update(warmup_steps=100, weight_decay=0.05, clip_norm=1.0, schedule="cosine", warmup_from=0.0)
-    config.update(eval_every=500, eval_batches=8)
+    config.update(eval_every=400, eval_batches=8)
     return demo.sized(config, arg)
