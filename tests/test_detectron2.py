@@ -217,3 +217,28 @@ def test_an_encoder_of_addp_fits_the_backbone(trained, input_norm):
     trained_one = weights.read(str(trained / "addp"))["pixel_to_token"]["encoder"]
     fc1 = lambda encoder: encoder["blocks"]["block"]["mlp"]["fc1"]["kernel"]
     np.testing.assert_array_equal(fc1(loaded), fc1(trained_one))
+
+
+def mae_file(path, more=()):
+    """An encoder of the network's size under MAE's names, at another image size; with a decoder's tensors."""
+    from addp_jax.models import vit
+    from addp_jax.weights import layouts, pytorch
+
+    encoder = CONFIG.encoder
+    config = vit.Config(encoder.width, encoder.depth, encoder.heads, mlp_ratio=encoder.mlp_ratio, image_size=96, input_norm=False)
+    shapes, rng = layouts.encoder_shapes(config), np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), shapes)
+    tensors = pytorch.to_torch(params, pytorch.mae_rules()) | {name: np.ones(3, np.float32) for name in more}
+    safetensors_numpy.save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, path)
+    return params["encoder"]
+
+
+def test_an_encoder_of_mae_is_taken_over(tmp_path):
+    own = mae_file(tmp_path / "mae.safetensors", more=("mask_token", "decoder_pred.bias", "decoder_blocks.0.norm1.bias"))
+    init = lambda rng: detector.init(detector.Detector(CONFIG), rng)["encoder"]
+    found = encoder.load(str(tmp_path / "mae.safetensors"), init, CONFIG.encoder, "config.model.encoder_weights")
+    np.testing.assert_array_equal(found["blocks"]["block"]["mlp"]["fc1"]["kernel"], own["blocks"]["block"]["mlp"]["fc1"]["kernel"])
+    assert found["pos_embed"].shape == (1 + CONFIG.encoder.length, CONFIG.encoder.width)
+    with pytest.raises(errors.UserError, match="does not fit a vit: .*other.bias"):
+        mae_file(tmp_path / "odd.safetensors", more=("other.bias",))
+        encoder.load(str(tmp_path / "odd.safetensors"), init, CONFIG.encoder, "config.model.encoder_weights")

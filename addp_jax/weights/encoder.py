@@ -10,7 +10,7 @@ import numpy as np
 from addp_jax import errors, parameters, weights
 from addp_jax.models import beit, vit, vitdet
 
-HOLDERS = ("pixel_to_token", "classifier")  # networks with such an encoder
+HOLDERS = ("pixel_to_token", "classifier", "vit")  # networks with such an encoder
 OPTIONAL = ("input_norm/", "final_norm/", "class_token")  # left behind where the network has none
 # What starts new, as no such run has it.
 FRESH = (".*/rel_pos_[hw]", ".*/relative_positions", ".*/block/(attention|mlp)_scale")
@@ -23,7 +23,7 @@ def load(path: str, init, config: vit.Config | vitdet.Config | beit.Config, fiel
     Relative positions and factors of residual branches are left out, since the run has none.
 
     Args:
-      path: run folder of the tasks `addp` or `classification`, or a weight file of ADDP; or "random".
+      path: run folder of the tasks `addp` or `classification`, or a weight file of ADDP or MAE; or "random".
       init: `rng -> params` of the encoder.
       config: of the encoder; a norm that it does not have is left behind.
       field: the config field that holds `path`, for messages.

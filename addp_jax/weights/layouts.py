@@ -11,6 +11,7 @@ names of a file share (`module.`, `_orig_mod.`, `model.`) is taken off, again an
     finetune the release's fine-tuned classifier: classifier at the root
     timm     timm's `vit_base_patch16_224` and `vit_large_patch16_224`, another img_size: the encoder; written only
     maskgit  MaskGIT's JAX tokenizer; read only
+    mae      MAE's pre-trained encoder, with or without its decoder; read only
 
 timm: our final LayerNorm is `norm`; our LayerNorm before the first block is `norm_pre`, which timm's models have as an
 Identity: `model.norm_pre = torch.nn.LayerNorm(model.embed_dim, eps=1e-6)` before `load_state_dict`. (`pre_norm=True`
@@ -107,6 +108,11 @@ def abstract(module, net: Callable) -> Callable:
     return lambda config: jax.eval_shape(functools.partial(module.init, net(config)), jax.random.key(0))
 
 
+def encoder_shapes(config: vit.Config) -> dict:
+    image = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), np.float32)
+    return {"encoder": jax.eval_shape(vit.VisionTransformer(config).init, jax.random.key(0), image)["params"]}
+
+
 ADDP = Network(
     "pixel_to_token", lambda _: pytorch.addp_rules(), addp_config,
     abstract(pixel_to_token, pixel_to_token.PixelToToken), pytorch.ADDP_DEAD,
@@ -121,6 +127,10 @@ VQGAN = Network(
 CLASSIFIER = Network(
     "classifier", lambda _: pytorch.classifier_rules(), classifier_config, abstract(heads, heads.Classifier)
 )
+MAE = Network(
+    "vit", lambda _: pytorch.mae_rules(), functools.partial(encoder_config, input_norm=False), encoder_shapes,
+    pytorch.MAE_DEAD,
+)  # fmt: skip
 VIT = ADDP._replace(rules=lambda _: pytorch.encoder_rules("norm_pre", "encoder"), dead=())
 MASKGIT = VQGAN._replace(rules=maskgit.rules, config=maskgit.config, dead=())
 
@@ -132,8 +142,9 @@ READABLE = {
     "vqgan": Layout("quantize.embedding.weight", "state_dict", {"": VQGAN}),
     "finetune": Layout("fc_norm.weight", "model", {"": CLASSIFIER}),
     "maskgit": Layout("quantizer/codebook", "", {"": MASKGIT}),
+    "mae": Layout("patch_embed.proj.weight", "model", {"": MAE}),  # the last one: others have this tensor, too
 }  # fmt: skip
-WRITABLE = {name: layout for name, layout in READABLE.items() if name != "maskgit"}
+WRITABLE = {name: layout for name, layout in READABLE.items() if name not in ("maskgit", "mae")}
 WRITABLE["timm"] = Layout("", "", {"": VIT})
 
 

@@ -102,6 +102,14 @@ def encoder_rules(input_norm: str, ours: str) -> list[Rule]:
     ]
 
 
+def mae_rules() -> list[Rule]:
+    """MAE's pre-trained encoder."""
+    return [*embeddings("encoder"), *blocks("blocks", "encoder/blocks"), *norm("norm", "encoder/final_norm")]
+
+
+MAE_DEAD = ("mask_token", "decoder_*")
+
+
 def addp_rules() -> list[Rule]:
     """The ADDP network (`addp-vit-*.pth` without its frozen parts)."""
     return [
