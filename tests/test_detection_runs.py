@@ -19,9 +19,9 @@ FLAGS = (
 )  # fmt: skip
 
 
-def alone(workdir, **environment):
+def alone(workdir):
     command = (sys.executable, "-m", "addp_jax.main", f"--config={CONFIG}", f"--workdir={workdir}", *FLAGS)
-    return Launch(*command, **environment)
+    return Launch(*command, JAX_ENABLE_COMPILATION_CACHE="true")
 
 
 @pytest.fixture(scope="module")
