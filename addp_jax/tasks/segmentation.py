@@ -96,7 +96,8 @@ class Task(tasks.Segmenter):
                 f"config.model.net.num_classes = {self.num_classes}, but the data has {count} classes: {names}"
             )
         if 0 < count < self.num_classes:
-            walk.announce(f"{source!r} has {count} classes ({names}), the network {self.num_classes}: some are never seen")
+            number = f"the network {self.num_classes}"
+            walk.announce(f"{source!r} has {count} classes ({names}), {number}: some are never seen")
         return source
 
     def transform(self, split, data):
@@ -165,7 +166,7 @@ class Task(tasks.Segmenter):
 
 
 def report(matrix: np.ndarray, names, shown) -> tasks.Results:
-    """Of the confusion matrix int64 [C,C] of all images. A figure that has no value, as of a class not there, is left out.
+    """Of the confusion matrix int64 [C,C] of all. Figures without a value, as of a class not there, are left out.
 
     shown: (caption, picture) of some images.
     """
