@@ -135,9 +135,10 @@ def test_ones_own_label_maps_are_trained_on_evaluated_and_written(photos, tmp_pa
         (dict(model__encoder_weights="nowhere"), "config.model.encoder_weights: nothing at 'nowhere'"),
     ],
 )
-def test_what_does_not_fit_is_named(changes, message, tmp_path, photos):
+def test_what_does_not_fit_is_named(changes, message, tmp_path):
     if "data__source" in changes:
-        changes = changes | {"data__path": str(photos), "data__num_train": 0, "data__num_eval": 0}
+        images = f"{label_maps(tmp_path / 'data')}/images/training"
+        changes = changes | {"data__path": images, "data__num_train": 0, "data__num_eval": 0}
     changes = {"model__encoder_weights": ""} | changes
     with pytest.raises(errors.UserError, match=message) as caught:
         create_training(programs.config("demo_segmentation", **changes), num_train=0).task.load_pretrained()
