@@ -176,6 +176,34 @@ def rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))
 
 
+def share(mesh: Mesh) -> tuple[int, int]:
+    """`(number, count)`: which share of what processes work on apart is this one's, of how many.
+
+    Processes that share a `tensor` group, and so hold the same rows of a batch, have the same share.
+    """
+    size, first = batch_size(1, mesh), {}
+    for device, index in batch_sharding(mesh).devices_indices_map((size,)).items():
+        start = index[0].start or 0
+        first[device.process_index] = min(start, first.get(device.process_index, start))
+    order = sorted(set(first.values()))
+    return order.index(first[jax.process_index()]), len(order)
+
+
+def current() -> Mesh:
+    """The mesh that is set; an empty one if there is none."""
+    return jax.sharding.get_mesh()
+
+
+def one_device():
+    """Context in which arrays and programs are this process's own, on one device, whatever mesh was set before."""
+    return jax.set_mesh(Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3))
+
+
+def of_process(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """A batch of which each process has the rows of its own devices, see `rows`."""
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), array)
+
+
 def replicate(tree):
     """Every array of `tree` whole on every device. For use under `jax.jit`, or on arrays that are on the mesh."""
     return jax.tree.map(lambda array: constrain(array, *[None] * array.ndim), tree)

@@ -169,6 +169,16 @@ def segmentation(image, label, names):
     return np.concatenate([canvas, legend(numbers[np.argsort(-areas, kind="stable")], names, canvas.shape[1])])
 
 
+def save_labels(path, label, palette):
+    """Writes a label map [H,W] as a PNG file of its numbers; number n shows as the colour palette[n], RGB uint8 [N,3].
+
+    Raises UserError naming the file if it cannot be written.
+    """
+    picture = Image.fromarray(np.asarray(label, np.uint8)).convert("L")
+    picture.putpalette(palette.tobytes())
+    write(pathlib.Path(path), functools.partial(picture.save, format="PNG"))
+
+
 def legend(numbers, names, width):
     """Coloured squares with the `names` of the classes `numbers`, in lines of `width` pixels: uint8 [lines,width,3]."""
     font, palette, places, x, y = ImageFont.load_default(), colours(len(names)), [], 0, 0

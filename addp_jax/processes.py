@@ -80,6 +80,11 @@ def agreed(flag: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.asarray(flag))))
 
 
+def largest(value: int) -> int:
+    """The largest `value` of all processes; all of them must call it."""
+    return int(np.max(multihost_utils.process_allgather(np.asarray(value)))) if jax.process_count() > 1 else value
+
+
 def from_first(array) -> np.ndarray:
     """The first process's array, in every process; all of them must call it."""
     return np.asarray(multihost_utils.broadcast_one_to_all(array)) if jax.process_count() > 1 else array
@@ -90,8 +95,7 @@ def gathered(values: dict) -> dict:
     if jax.process_count() == 1:
         return values
     own = np.frombuffer(json.dumps(values).encode(), np.uint8)
-    longest = int(np.max(multihost_utils.process_allgather(np.asarray(len(own)))))
-    padded = np.pad(own, (0, longest - len(own)), constant_values=ord(" "))
+    padded = np.pad(own, (0, largest(len(own)) - len(own)), constant_values=ord(" "))
     merged = {}
     for row in multihost_utils.process_allgather(padded):
         merged |= json.loads(row.tobytes())

@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # configs import configs.base
 
 
-ARGUMENTS = {"predictor": ("b", "l"), "in1k": ("b", "l"), "coco": ("b", "l"), "probe": ("b", "l"), "own": ("tokenizer", "predictor", "addp", "classification")}
+ARGUMENTS = {"predictor": ("b", "l"), "in1k": ("b", "l"), "probe": ("b", "l"), "coco": ("b", "l"), "ade20k": ("b", "l"), "own": ("tokenizer", "predictor", "addp", "classification")}
 
 
 def names() -> list[str]:

@@ -116,6 +116,7 @@ def test_published_recipe(name):
     expected = {
         "tokenizer": (1e-4, 1_000_000), "predictor:b": (2.4e-3, 499_200), "predictor:l": (2.4e-3, 499_200),
         "vitb": (1.6e-3, 499_200), "vitl": (1.6e-3, 249_600),
+        "coco:b": (1e-4, 184_375), "coco:l": (1e-4, 184_375), "ade20k:b": (1e-4, 160_000), "ade20k:l": (2e-5, 160_000),
         "in1k:b": (4e-3, 125_100), "in1k:l": (1e-3, 62_550), "probe:b": (1.6, 28_080), "probe:l": (0.8, 28_080),
     }  # fmt: skip
     np.testing.assert_allclose((peak, length.total), expected[name], rtol=1e-5)

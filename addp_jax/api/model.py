@@ -137,6 +137,17 @@ class Model:
             objects.append(Objects(boxes, scores, [self.classes[k] for k in labels], masks))
         return objects
 
+    def segment(self, images, *, batch_size: int = 0) -> list[np.ndarray]:
+        """The class of every pixel, a number in `classes`: uint8 [H,W] of each image, of any size; none is cropped.
+
+        batch_size: windows of an image that are computed at once; 0 = as the config of the run says.
+        """
+        self._require("segment", tasks.Segmenter)
+        batch = inputs.whole_number("batch_size", batch_size, 0)
+        given = inputs.images("images", images)
+        with jax.set_mesh(self._program.mesh):
+            return [self._program.task.segment(*self._networks, image, batch) for image in given]
+
     def _require(self, method: str, *abilities: type) -> None:
         """Raises ValueError unless the run's task has one of these abilities."""
         if isinstance(self._program.task, abilities):

@@ -14,6 +14,7 @@ class Part(sources.Source):
             raise errors.UserError(f"{source!r} has {len(source)} examples, fewer than the {size} asked for")
         self.source, self.size = source, size
         self.classes, self.labelled, self.has_objects = source.classes, source.labelled, source.has_objects
+        self.has_label_maps = source.has_label_maps
         self._chosen = spread(len(source), size)
 
     def __len__(self) -> int:

@@ -109,6 +109,21 @@ def eval_batches(
     return _iterate(_Rows(examples, batch_size, rows, fields), config, 0)
 
 
+def one_by_one(
+    source, transform: Transform, *, config: Config, share: tuple[int, int], fields: Iterable[str]
+) -> Iterator[dict]:
+    """Every example of a share once, with "valid"; their sizes may differ.
+
+    share: (number, count) of those that several processes have. All have as many examples: "valid" is False for one
+    that fills up. Other arguments and errors as for `eval_batches`.
+    """
+    number, count = share
+    rows = np.array([number])
+    with eval_batches(source, transform, batch_size=count, config=config, rows=rows, fields=fields) as batches:
+        for batch in batches:
+            yield {name: values[0] for name, values in batch.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class _Padded:
     source: object

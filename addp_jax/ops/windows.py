@@ -90,6 +90,20 @@ def view(size: tuple[int, int], crop: int, config: Config, flip: bool = False) -
     return View(size, (crop, crop), (starts(size[0], crop, stride), starts(size[1], crop, stride)), flip)
 
 
+def views(size: tuple[int, int], crop: int, config: Config) -> list[View]:
+    """All views of an image of `size`, resized by each of the scales."""
+    found = []
+    for scale in config.scales:
+        resized = fitted(size, int(LONGEST * crop * scale), max(int(crop * scale), 1))
+        found += [view(resized, crop, config, flip) for flip in (False, True)[: 1 + config.flip]]
+    return found
+
+
+def calls(size: tuple[int, int], crop: int, config: Config) -> int:
+    """How often `segment` runs the network for an image of `size`."""
+    return sum(-(-len(one.corners) // config.batch) for one in views(size, crop, config))
+
+
 def cut(image: np.ndarray, view: View, padding=PADDING) -> np.ndarray:
     """[H,W,3] of the view's size -> its windows [n,S,S,3]."""
     height, width = view.window
@@ -202,13 +216,9 @@ def segment(image: np.ndarray, logits: Logits, crop: int, config: Config = Confi
     """
     canvases, averaging = [], []
     size = image.shape[:2]
-    for scale in config.scales:
-        resized = fitted(size, int(LONGEST * crop * scale), max(int(crop * scale), 1))
-        picture = opencv.resize_linear(image, resized)
-        for flip in (False, True)[: 1 + config.flip]:
-            one = view(resized, crop, config, flip)
-            canvases.append(fill_canvas(picture, one, logits, config.batch))
-            averaging.append(tuple(_averaging(axis, one, size[axis]) for axis in (0, 1)))
+    for one in views(size, crop, config):
+        canvases.append(fill_canvas(opencv.resize_linear(image, one.size), one, logits, config.batch))
+        averaging.append(tuple(_averaging(axis, one, size[axis]) for axis in (0, 1)))
     labels = np.empty(size, np.uint8 if canvases[0].shape[-1] <= 256 else np.int32)
     for top in range(0, size[0], TILE[0]):
         for left in range(0, size[1], TILE[1]):

@@ -12,7 +12,7 @@ import numpy as np
 
 from addp_jax import errors, files, partition, pictures, tasks
 from addp_jax.data import features, transforms
-from addp_jax.recognition import detect, own
+from addp_jax.recognition import detect, own, segment
 
 TOP = 5  # classes named per image
 NUM_PICTURES = 64  # images on the contact sheet
@@ -21,10 +21,12 @@ NUM_PICTURES = 64  # images on the contact sheet
 def predict(program, config: own.Config, workdir: str) -> None:
     """Write `predictions.jsonl`, one line per image with its five most likely classes, and `predictions.png`.
 
-    A task that finds objects writes those instead, see detect.py.
+    A task that finds objects writes those instead, see detect.py; one that segments images label maps, see segment.py.
     """
     if isinstance(program.task, tasks.Detector):
         return detect.detect(program, config, workdir)
+    if isinstance(program.task, tasks.Segmenter):
+        return segment.segment(program, config, workdir)
     tasks.require(program.task, program.config.task, tasks.Classifier)
     given = own.given_names(program)  # a mistake there is said before anything is computed
     output = own.output_of(config, os.path.join(workdir, "predictions"))

@@ -39,6 +39,8 @@ class Task(Protocol):
       config: the task's own frozen Config.
       image_size: pixels along one side, as the network sees it.
       layout: of the trained parameters, see `partition.shardings`.
+      whole_images: the images of an evaluation have sizes of their own. `evaluate` gets examples instead of batches,
+        numpy arrays with "valid", and each process those of its share.
       compact: names of networks that compute in `dtype` alone: where frozen, their kernels are kept in it.
     """
 
@@ -46,6 +48,7 @@ class Task(Protocol):
     image_size: int
     layout: partition.Layout
     compact: tuple[str, ...] = ()
+    whole_images: bool = False
 
     @property
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -182,9 +185,24 @@ class Detector(KnowsClasses, Protocol):
         ...
 
 
+@runtime_checkable
+class Segmenter(KnowsClasses, Protocol):
+    """A task whose network tells the class of every pixel."""
+
+    def segment(self, params: dict, frozen: dict, image: np.ndarray | None, batch: int = 0) -> np.ndarray | None:
+        """`image` uint8 [H,W,3] of any size -> the class of every pixel, uint8 [H,W].
+
+        Several processes each give an image of their own, and must call this equally often; None = no image.
+
+        batch: windows that the network sees at a time, over all devices; 0 = as the config says.
+        """
+        ...
+
+
 ABILITIES: dict[type, str] = {
     Generator: "draw images", Autoencoder: "reconstruct images", Recogniser: "have features of images",
     KnowsClasses: "tell classes apart", Classifier: "name classes", Detector: "find objects",
+    Segmenter: "segment images",
 }  # fmt: skip
 
 

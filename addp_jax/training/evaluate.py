@@ -36,8 +36,10 @@ def task_results(program, params, frozen, source) -> tasks.Results:
     """
     if not len(source):
         raise errors.UserError("config.data: the evaluation split is empty")
-    size = partition.batch_size(program.config.batch_size, program.mesh)
-    batches = on_device(program, source, size)
+    if program.task.whole_images:
+        batches = one_by_one(program, source)
+    else:
+        batches = on_device(program, source, partition.batch_size(program.config.batch_size, program.mesh))
     scalars, *more = program.task.evaluate(params, frozen, batches, source)
     used, of = len(source), total(source)
     prefix = "part/" if used < of else ""
@@ -57,6 +59,13 @@ def on_device(program, source, batch_size: int):
         rows=partition.rows(program.mesh, batch_size), fields=program.task.evaluation_fields,
     )  # fmt: skip
     return pipeline.to_device(batches, partition.batch_sharding(program.mesh))
+
+
+def one_by_one(program, source):
+    """This process's share of the examples of `source`, as the evaluation's transform gives them."""
+    config, task = program.config.data, program.task
+    transform, share = task.transform("eval", config), partition.share(program.mesh)
+    return pipeline.one_by_one(source, transform, config=config, share=share, fields=task.evaluation_fields)
 
 
 def distances(program, params, frozen) -> tuple[dict, dict]:

@@ -25,11 +25,13 @@ class Source(Protocol):
       classes: names by label; empty when unknown.
       labelled: False where no label says anything: images without folders of classes.
       has_objects: the examples have `classes`, and `masks` or `outlines`, of objects; see shapes.py and coco.py here.
+      has_label_maps: `segmentation.Labels` reads every pixel's class off the examples; see label_maps.py, shapes.py.
     """
 
     classes: tuple[str, ...]
     labelled: bool
     has_objects: bool = False
+    has_label_maps: bool = False
 
     def __len__(self) -> int: ...
 

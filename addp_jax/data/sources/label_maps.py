@@ -60,6 +60,8 @@ class LabelMaps(sources.Files):
       UserError: a folder cannot be read or holds no images, an image has no label map, or two share one.
     """
 
+    has_label_maps = True
+
     def __init__(self, images: str, labels: str, classes: tuple[str, ...] = ()):
         walker = walk.Walk(FIELD)
         paths, sizes = walker.images(images)

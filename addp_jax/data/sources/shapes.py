@@ -109,7 +109,7 @@ class Shapes(sources.Source):
       plain: the easiest pictures: one large upright shape of one of four colours near the middle, on plain grey.
     """
 
-    classes, labelled, has_objects = CLASSES, True, True
+    classes, labelled, has_objects, has_label_maps = CLASSES, True, True, True
 
     def __init__(self, num_examples: int, seed: int, image_size: int, max_objects: int = 1, plain: bool = False):
         self.num_examples, self.seed = num_examples, seed

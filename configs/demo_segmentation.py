@@ -1,0 +1,28 @@
+"""Demo: name every pixel of generated pictures of 128 pixels, several shapes in each. Not yet run to its end.
+
+`--config.model.encoder_weights=` (empty) trains the same network from scratch.
+
+    python -m addp_jax.main --config=configs/demo_segmentation.py --workdir=runs/demo/segmentation \
+        --config.model.encoder_weights=runs/demo/addp
+"""
+
+from addp_jax.models import beit, segmenter
+from addp_jax.tasks import segmentation
+from configs import ade20k, demo
+
+SIZE = 128  # pixels
+
+
+def get_config(arg=""):
+    nets = demo.networks("")  # whose encoder it takes over
+    encoder = beit.Config(
+        nets.width, nets.depth, nets.heads, image_size=SIZE, patch_size=nets.tokenizer.patch_size,
+        taps=beit.even_taps(nets.depth), input_norm=True, drop_path=0.0,
+    )  # fmt: skip
+    net = segmenter.Config(encoder, channels=32, auxiliary_channels=16, num_classes=1 + demo.NUM_CLASSES, dropout=0.0)
+    config = demo.run("segmentation", segmentation.Config(net, scale=(0.75, 1.5), largest_share=1.0), 2000, 8, 2e-3)
+    ade20k.finetune(config)
+    config.data.update(plain=False, max_objects=5, num_eval=200, flip=True, threads=2)
+    config.optim.update(warmup_steps=100, warmup_from=0.0, clip_norm=1.0)
+    config.update(eval_every=500, eval_batches=8)
+    return demo.sized(config, arg)
