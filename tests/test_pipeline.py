@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 from addp_jax import errors, schema
-from addp_jax.data import part, pipeline, transforms
+from addp_jax.data import part, pipeline, sources, transforms
 from addp_jax.data.sources import shapes
 
 CONFIG = pipeline.Config()
 
 
-class Numbers:
+class Numbers(sources.Source):
     """Example i is the number i."""
 
     classes, labelled = (), True

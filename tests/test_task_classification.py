@@ -194,7 +194,7 @@ def outcome(logits, labels, num_classes):
 
 
 def test_a_head_that_knows_nothing_names_nothing_rightly():
-    scalars, _ = outcome(np.zeros((9, 3)), np.arange(9) % 3, 3)
+    scalars, _, _ = outcome(np.zeros((9, 3)), np.arange(9) % 3, 3)
     assert scalars["top1"] == scalars["class_mean"] == scalars["class/0"] == 0 and scalars["top5"] == 1
     assert scalars["loss"] == pytest.approx(np.log(3))
 
@@ -203,7 +203,7 @@ def test_a_head_that_knows_nothing_names_nothing_rightly():
 def test_logits_that_are_not_finite_are_wrong_in_every_figure(value):
     logits = np.eye(3, dtype=np.float32)[np.arange(6) % 3] * 5
     logits[:3, 0] = value
-    scalars, images = outcome(logits, np.arange(6) % 3, 3)
+    scalars, images, _ = outcome(logits, np.arange(6) % 3, 3)
     assert scalars["top1"] == scalars["top5"] == scalars["class_mean"] == scalars["class_worst"] == 0.5
     assert not np.isfinite(scalars["loss"]) and "confusion" in images
 
@@ -211,7 +211,7 @@ def test_logits_that_are_not_finite_are_wrong_in_every_figure(value):
 def test_the_accuracies_agree_where_classes_are_equally_large():
     rng = np.random.default_rng(0)
     logits = rng.integers(0, 3, (400, 4))  # many ties
-    scalars, _ = outcome(logits, np.arange(400) % 4, 4)
+    scalars, _, _ = outcome(logits, np.arange(400) % 4, 4)
     assert scalars["top1"] == pytest.approx(scalars["class_mean"]) and 0 < scalars["top1"] < 0.3
 
 
@@ -219,6 +219,6 @@ def test_an_evaluation_of_very_many_classes_is_small():
     """Of 200,000 classes a square of counts would take 320 GB."""
     logits = np.zeros((2, 200_000), np.float32)
     logits[0, 7] = logits[1, 9] = 1
-    scalars, images = outcome(logits, [7, 8], 200_000)
+    scalars, images, _ = outcome(logits, [7, 8], 200_000)
     assert scalars["top1"] == scalars["class_mean"] == 0.5 and scalars["class_worst"] == 0 and "class/7" not in scalars
     assert images["confusion"].size < 10**7

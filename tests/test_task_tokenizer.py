@@ -216,8 +216,8 @@ def test_evaluation_counts_every_valid_example_once():
     first = {name: values[:4] for name, values in whole.items()}
     last = {"image": np.concatenate([whole["image"][4:], np.zeros_like(whole["image"][:2])])}
     last["valid"] = np.array([True, True, False, False])
-    one, _ = evaluate([whole])
-    two, _ = evaluate([first, last])
+    one, _, _ = evaluate([whole])
+    two, _, _ = evaluate([first, last])
     assert set(one) == {"mse", "psnr", "ssim", "codebook_usage", "perplexity"}
     for name in one:
         np.testing.assert_allclose(one[name], two[name], rtol=1e-5)
@@ -231,7 +231,7 @@ def test_evaluation_agrees_with_numpy():
     mse = ((np.clip(output, 0, 1) - image) ** 2).mean((1, 2, 3))
     share = np.bincount(np.ravel(token_ids), minlength=NET.num_codes) / token_ids.size
     used = share[share > 0]
-    scalars, _ = evaluate([batch(4)])
+    scalars, _, _ = evaluate([batch(4)])
     expected = {"mse": mse.mean(), "psnr": (-10 * np.log10(mse)).mean(), "codebook_usage": len(used) / NET.num_codes}
     expected["perplexity"] = np.exp(-(used * np.log(used)).sum())
     for name, value in expected.items():
@@ -241,7 +241,7 @@ def test_evaluation_agrees_with_numpy():
 def test_picture_shows_valid_originals_above_their_reconstructions():
     data = batch(4)
     data["valid"] = np.array([True, True, False, False])
-    _, images = evaluate([data])
+    _, images, _ = evaluate([data])
     picture, size, pad = images["reconstructions"], NET.image_size, 2
     assert picture.shape == (2 * (size + pad) + pad, 2 * (size + pad) + pad, 3) and picture.dtype == np.float32
     np.testing.assert_allclose(picture[pad : pad + size, pad : pad + size], data["image"][0] / 255, atol=1e-6)

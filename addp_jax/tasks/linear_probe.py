@@ -156,7 +156,7 @@ class Task(tasks.Classifier):
                     found.append(({n: metrics.in_top(v, label, 1) for n, v in zip(names, voted)}, valid))
                 yield self._logits(params, batch["features"]), label, valid
 
-        scalars, shown = classification.report(each(), self.num_classes)
+        scalars, shown, _ = classification.report(each(), self.num_classes)
         return tasks.Results(scalars | averages.mean_over(found), shown)
 
     def transform(self, split: str, data: pipeline.Config):
