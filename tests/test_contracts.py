@@ -16,7 +16,8 @@ from addp_jax.training import evaluate, log, loop
 from addp_jax.weights import checkpoint
 
 DEMO = [name for name in programs.names() if name.startswith("demo")]
-REAL = [name for name in programs.names() if name not in DEMO and not name.startswith("own")]
+# The larger size's :tiny has the same networks.
+REAL = [name for name in programs.names() if name not in DEMO and not name.startswith("own") and not name.endswith(":l")]
 
 
 def weights_for(name, trained) -> dict:
