@@ -247,12 +247,17 @@ def image_transform(split: str, data: pipeline.Config, image_size: int, crop_pct
     return transforms.eval_image(image_size, crop_pct)
 
 
-def check_classes(source: sources.Source, num_classes: int, field: str = "config.model.net.num_classes") -> None:
-    """Raises UserError unless the classes of `source`, where they are known, can be those of a network; says if they are few."""
+def check_classes(
+    source: sources.Source, num_classes: int, field: str = "config.model.net.num_classes", of_images: bool = True
+) -> None:
+    """Raises UserError unless the classes of `source`, where they are known, can be those of a network; says if they are few.
+
+    of_images: each image has a class of its own; else its objects or pixels have.
+    """
     count, shown = len(source.classes), parameters.shortened(list(source.classes), walk.SHOWN)
     if count > num_classes:
         raise errors.UserError(f"{field} = {num_classes}, but the data has {count} classes: {shown}")
-    if not source.labelled or count == 1 < num_classes:
+    if of_images and (not source.labelled or count == 1 < num_classes):
         raise errors.UserError(
             f"config.data.path: {source!r} does not tell the classes of its images (found: {shown}); "
             f"the network has {num_classes}: put the images of each class into a folder of their own, in both splits"

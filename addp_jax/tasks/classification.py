@@ -50,12 +50,8 @@ class Task(tasks.Classifier):
 
     def load_pretrained(self):
         """The encoder that fine-tuning starts from. Everything else, and all of it without weights, starts at random."""
-        config = self.config
-        if not config.encoder_weights:
-            return {}
-        init = lambda rng: heads.init(self.net, rng)["encoder"]
-        loaded = encoder.load(config.encoder_weights, init, config.net.encoder, "config.model.encoder_weights")
-        return {"classifier": {"encoder": loaded}}
+        init, path = functools.partial(heads.init, self.net), self.config.encoder_weights
+        return encoder.pretrained(path, "classifier", init, self.config.net.encoder)
 
     def loss(self, params, frozen, batch, rng, train: bool):
         config = self.config

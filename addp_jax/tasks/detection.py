@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from addp_jax import errors, parameters, partition, pictures, processes, schema, tasks
+from addp_jax import errors, partition, pictures, processes, schema, tasks
 from addp_jax.data import coco, pipeline
 from addp_jax.metrics import detection as metrics
 from addp_jax.models import detector
@@ -92,22 +92,14 @@ class Task(tasks.Detector):
 
     def load_pretrained(self):
         """The encoder that fine-tuning starts from; its relative positions, and all else, start anew."""
-        config = self.config
-        if not config.encoder_weights:
-            return {}
-        init = lambda rng: detector.init(self.net, rng)["encoder"]
-        loaded = encoder.load(config.encoder_weights, init, config.net.encoder, "config.model.encoder_weights")
-        return {"detector": {"encoder": loaded}}
+        init, path = functools.partial(detector.init, self.net), self.config.encoder_weights
+        return encoder.pretrained(path, "detector", init, self.config.net.encoder)
 
     def open_source(self, split, data):
         source = pipeline.open_source(data, split, self.image_size)
         if not source.has_objects:
             raise errors.UserError(f"config.data.source: {data.source} has no boxes of objects; use coco or shapes")
-        count, names = len(source.classes), parameters.shortened(list(source.classes), 5)
-        if count > self.num_classes:
-            raise errors.UserError(
-                f"config.model.net.num_classes = {self.num_classes}, but the data has {count} classes: {names}"
-            )
+        tasks.check_classes(source, self.num_classes, of_images=False)
         return source
 
     def transform(self, split, data):

@@ -7,13 +7,14 @@ sees whole images of their own sizes, window by window.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import jax
 import numpy as np
 
-from addp_jax import errors, parameters, partition, pictures, processes, schema, tasks
-from addp_jax.data import pipeline, segmentation, walk
+from addp_jax import errors, partition, pictures, processes, schema, tasks
+from addp_jax.data import pipeline, segmentation
 from addp_jax.metrics import segmentation as metrics
 from addp_jax.models import segmenter
 from addp_jax.ops import images, windows
@@ -77,12 +78,8 @@ class Task(tasks.Segmenter):
 
     def load_pretrained(self):
         """The encoder that fine-tuning starts from; its relative positions and LayerScale, and all else, start anew."""
-        config = self.config
-        if not config.encoder_weights:
-            return {}
-        init = lambda rng: segmenter.init(self.net, rng)["encoder"]
-        loaded = encoder.load(config.encoder_weights, init, config.net.encoder, "config.model.encoder_weights")
-        return {"segmenter": {"encoder": loaded}}
+        init, path = functools.partial(segmenter.init, self.net), self.config.encoder_weights
+        return encoder.pretrained(path, "segmenter", init, self.config.net.encoder)
 
     def open_source(self, split, data):
         source = pipeline.open_source(data, split, self.image_size)
@@ -90,14 +87,7 @@ class Task(tasks.Segmenter):
             raise errors.UserError(f"config.data.source: {data.source} has no label maps; use label_maps or shapes")
         if source.has_objects:  # whose classes stand behind that of the background
             source.classes = segmentation.shapes_classes(source.classes, data.shift_labels)
-        count, names = len(source.classes), parameters.shortened(list(source.classes), 5)
-        if count > self.num_classes:
-            raise errors.UserError(
-                f"config.model.net.num_classes = {self.num_classes}, but the data has {count} classes: {names}"
-            )
-        if 0 < count < self.num_classes:
-            number = f"the network {self.num_classes}"
-            walk.announce(f"{source!r} has {count} classes ({names}), {number}: some are never seen")
+        tasks.check_classes(source, self.num_classes, of_images=False)
         return source
 
     def transform(self, split, data):

@@ -17,6 +17,13 @@ FRESH = (".*/rel_pos_[hw]", ".*/relative_positions", ".*/block/(attention|mlp)_s
 SETTINGS = ("heads", "patch_size")  # that must be those of the run; other image sizes and norms are fitted
 
 
+def pretrained(path: str, network: str, init, config) -> dict:
+    """What `load_pretrained` gives of a `network` with an encoder; {} without a path. init: of the network."""
+    if not path:
+        return {}
+    return {network: {"encoder": load(path, lambda rng: init(rng)["encoder"], config, "config.model.encoder_weights")}}
+
+
 def load(path: str, init, config: vit.Config | vitdet.Config | beit.Config, field: str) -> dict:
     """Encoder parameters as nested numpy arrays; position embeddings are resized to the network's grid.
 
