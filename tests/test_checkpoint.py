@@ -345,6 +345,7 @@ def spawn(code, *arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.medium
 def test_run_killed_while_saving_always_restores_a_consistent_state(tmp_path):
     reached = []
     for seconds in np.random.default_rng().uniform(0.1, 0.6, KILLS):

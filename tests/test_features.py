@@ -40,6 +40,7 @@ def test_files_that_are_no_inception_are_one_line(tmp_path, mesh):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.medium
 def test_a_classifier_gives_its_features_and_logits(tmp_path, mesh):
     net = convnet.ConvNet(convnet.Config(**CONVNET))
     params = convnet.init(net, jax.random.key(0))

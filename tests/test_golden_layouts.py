@@ -10,6 +10,7 @@ import re
 import jax
 import numpy as np
 import programs
+import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from addp_jax import partition, tasks
@@ -40,6 +41,7 @@ def tables() -> str:
     return HEADER + "".join(f"\n[{' '.join(names)}]\n{text}" for text, names in configs.items())
 
 
+@pytest.mark.medium
 def test_every_shipped_config_has_the_layouts_on_record():
     assert tables() == GOLDEN.read_text(), "if this is wanted: python tests/test_golden_layouts.py"
 

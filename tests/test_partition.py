@@ -250,6 +250,7 @@ def test_a_training_step_is_the_same_on_every_mesh(sizes):
         np.testing.assert_allclose(one, other, rtol=0, atol=PARAMETERS)
 
 
+@pytest.mark.medium
 def test_the_compared_step_moves_every_kind_of_parameter():
     """Else the comparison between meshes says nothing."""
     state, metrics = after_one_step((1, 1, 1))

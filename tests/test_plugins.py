@@ -214,6 +214,7 @@ def test_a_task_reads_fields_that_only_some_sources_have(tmp_path):
         trained("phases", phases.Config(), tmp_path)
 
 
+@pytest.mark.medium
 def test_a_codec_is_trained_and_generates_with_a_sampler(tmp_path):
     from addp_jax.codecs import patches
     from addp_jax.models import layers, token_predictor

@@ -105,6 +105,7 @@ def test_position_embeddings_are_resized_as_mmsegmentation_does():
     np.testing.assert_allclose(found, expected, rtol=0, atol=3e-5)
 
 
+@pytest.mark.medium
 def test_taps_are_outputs_of_their_blocks():
     """Also where blocks lie behind the last tap, which are not computed."""
     config = dataclasses.replace(ENCODER, depth=8, taps=(0, 1, 2, 3))
@@ -119,6 +120,7 @@ def test_taps_are_outputs_of_their_blocks():
 # --- mmsegmentation's numbers: neck, heads, losses -----------------------------------------------------------
 
 
+@pytest.mark.medium
 def test_evaluation_is_mmsegmentations():
     net = functools.partial(NET.apply, {"params": params()})
     levels = net(taps(), False, method=lambda net, *args: net.neck(*args))
@@ -182,6 +184,7 @@ def test_gradients_of_the_heads_are_mmsegmentations():
     assert not any(leaf.any() for leaf in jax.tree.leaves(parameters.running(gradients)))
 
 
+@pytest.mark.medium
 def test_losses_of_counted_pixels_only():
     logits = jnp.asarray(dense.our_order(UPERNET["train_logits"]))
     np.testing.assert_allclose(cross_entropy(logits, labels(), True), UPERNET["loss_ce_non_ignored"], rtol=0, atol=1e-6)
@@ -237,6 +240,7 @@ def test_what_lies_beyond_the_picture_is_not_read():
     jax.tree.map(np.testing.assert_array_equal, encode(params()["encoder"], images(), size=whole), encode(params()["encoder"], images()))
 
 
+@pytest.mark.medium
 def test_bfloat16_is_near_and_logits_are_float32():
     expected = NET.apply({"params": params()}, images(), method="logits")
     found = segmenter.Segmenter(CONFIG, jnp.bfloat16).apply({"params": params()}, images(), method="logits")

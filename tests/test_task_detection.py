@@ -59,6 +59,7 @@ def first(monkeypatch):
     return losses_and_gradients
 
 
+@pytest.mark.medium
 def test_the_five_losses_and_their_sum(first):
     (_, losses), _ = first(PARAMS, batch())
     for name in ("loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask"):
@@ -66,6 +67,7 @@ def test_the_five_losses_and_their_sum(first):
     np.testing.assert_allclose(losses["loss"], GOLD["loss_total"], rtol=3e-6)
 
 
+@pytest.mark.medium
 def test_gradients(first):
     _, grads = first(PARAMS, batch())
     found = detectron2.to_detectron2(jax.tree.map(np.asarray, grads["detector"]), dense.CONFIG)
@@ -78,6 +80,7 @@ def test_gradients(first):
         np.testing.assert_allclose(found[name], GOLD[f"grad:{name}"], rtol=0, atol=2e-5 * scale, err_msg=name)
 
 
+@pytest.mark.medium
 def test_detections_and_their_masks():
     found, probs = TASK._detect(PARAMS, {}, batch()["image"], batch()["size"])
     for k in range(2):
@@ -90,6 +93,7 @@ def test_detections_and_their_masks():
         np.testing.assert_allclose(probs[k, :shown], GOLD[f"test_masks_{k}"], atol=1e-4)
 
 
+@pytest.mark.medium
 def test_padding_of_images_and_objects_changes_no_loss(first):
     (_, plain), _ = first(PARAMS, batch())
     other = batch()
@@ -103,6 +107,7 @@ def test_padding_of_images_and_objects_changes_no_loss(first):
         np.testing.assert_allclose(plain[name], roomier[name], rtol=1e-6, err_msg=name)
 
 
+@pytest.mark.medium
 def test_losses_of_an_image_without_objects_are_finite(first):
     empty = batch()
     for name, value in (("boxes", 0), ("classes", -1), ("masks", 0)):

@@ -40,6 +40,7 @@ def taps(monkeypatch):
     monkeypatch.setattr(segmenter, "training_logits", logits)
 
 
+@pytest.mark.medium
 def test_losses(taps):
     label = np.stack([GOLD["label_0"], GOLD["label_1"]])
     batch = {"image": np.zeros((2, SIDE, SIDE, 3), np.uint8), "size": None, "label": label}
@@ -84,6 +85,7 @@ def batch(count: int = 8) -> dict:
     return {"image": rng.integers(0, 256, (count, SIDE, SIDE, 3), np.uint8), "label": label, "size": size}
 
 
+@pytest.mark.medium
 def test_two_devices_equal_one_statistics_included():
     """Losses, gradients and running statistics; means over a batch are those of the whole batch."""
     step = lambda params, batch: jax.grad(lambda p: task().loss(p, {}, batch, jax.random.key(0), True), has_aux=True)(params)
@@ -115,6 +117,7 @@ def images(sizes=((SIDE, SIDE), (SIDE + 50, 2 * SIDE), (40, 23))):
     return [np.random.default_rng(n).integers(0, 256, (*size, 3), np.uint8) for n, size in enumerate(sizes)]
 
 
+@pytest.mark.medium
 def test_labels_do_not_depend_on_devices_and_batches_of_windows():
     one, expected = task(windows=windows.Config(scales=(1.0, 1.5), flip=True, batch=3)), []
     for image in images():

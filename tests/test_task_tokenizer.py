@@ -142,6 +142,7 @@ def test_the_discriminators_gradient_holds_nothing_of_the_tokenizers_loss(gradie
     assert_close(gradients["loss"]["discriminator"], weighted(gradients, ADVERSARYS, "discriminator"))
 
 
+@pytest.mark.medium
 def test_one_scalar_gives_both_players_their_separate_gradients(gradients, separate):
     discriminators, decoders = separate
     assert_close(gradients["loss"]["discriminator"], discriminators)
@@ -247,6 +248,7 @@ def test_picture_shows_valid_originals_above_their_reconstructions():
     np.testing.assert_allclose(picture[pad : pad + size, pad : pad + size], data["image"][0] / 255, atol=1e-6)
 
 
+@pytest.mark.medium
 def test_perceptual_term_comes_with_its_weights_and_trains_the_tokenizer(tmp_path, monkeypatch):
     stages = ((2, (0, 2)), (3, (5,)))  # a toy in place of VGG16's
     monkeypatch.setattr(perceptual, "STAGES", stages)

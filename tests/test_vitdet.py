@@ -258,6 +258,7 @@ def test_what_lies_beyond_the_picture_is_not_read():
     np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.medium
 def test_bfloat16_is_near_and_the_heads_answer_in_float32():
     image, size = batch()
     net = detector.Detector(CONFIG, jnp.bfloat16)
