@@ -12,7 +12,7 @@ from absl import logging as absl_logging
 def install() -> None:
     """Once in a process. Errors that are raised are not touched."""
     # What a failed save leaves behind in asyncio is logged there as well when it is collected.
-    logging.getLogger("asyncio").addFilter(lambda record: "/orbax/" not in record.getMessage())
+    logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())  # a path of code or files
     # Orbax logs each save at length, and what it logs as an error it raises as well.
     absl_logging.get_absl_logger().addFilter(
         lambda record: record.levelno >= logging.CRITICAL or "/orbax/" not in record.pathname
