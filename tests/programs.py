@@ -4,6 +4,9 @@ import importlib
 import pathlib
 import sys
 
+import numpy as np
+from PIL import Image
+
 from addp_jax import modes, program
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -30,3 +33,12 @@ def fields(name: str, arg: str = "tiny", **changes):
 
 def config(name: str, arg: str = "tiny", **changes) -> program.Config:
     return modes.split(fields(name, arg, **changes).to_dict())[0]
+
+
+def photos(folder, sizes: dict[str, tuple[int, int]]):
+    """Files of random pixels: sizes by name, (height, width)."""
+    for name, (height, width) in sizes.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    return folder

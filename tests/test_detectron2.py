@@ -14,11 +14,18 @@ from safetensors import numpy as safetensors_numpy
 
 from addp_jax import errors, parameters, weights
 from addp_jax.models import detector, vitdet
+from addp_jax.weights import dense as formats
 from addp_jax.weights import detectron2, encoder, numpy_pickles, pickles, weight_files
 
-CONFIG = dense.CONFIG
+CONFIG, FORMAT = dense.CONFIG, formats.FORMATS["detectron2"]
 WEIGHTS = dense.arrays("vitdet_params")
 BLOCK = "backbone.net.blocks.1.attn.rel_pos_h"
+
+
+def read(path):
+    """`(config, parameters)` of a file that is taken for one of this format."""
+    return FORMAT.parse(path, formats.open_file(path)[1])
+
 
 
 @functools.cache
@@ -42,7 +49,7 @@ def test_rows_beyond_a_windows_table_are_zeros():
 
 
 def test_the_config_is_read_off_the_shapes():
-    found = detectron2.config_of({name: array.shape for name, array in WEIGHTS.items()})
+    found = FORMAT.config_of({name: array.shape for name, array in WEIGHTS.items()})
     assert dataclasses.replace(found, encoder=dataclasses.replace(found.encoder, drop_path=0.0)) == CONFIG
 
 
@@ -68,7 +75,7 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_files_are_read(name, tmp_path):
     FILES[name](tmp_path / name)
-    config, found = detectron2.read(str(tmp_path / name))
+    config, found = read(str(tmp_path / name))
     assert config.encoder.window == 4 and config.num_classes == 5
     assert_same(parameters.named_leaves(found), parameters.named_leaves(params()))
 
@@ -78,7 +85,7 @@ def test_files_are_written_and_read_again(name, tmp_path):
     if name.endswith(".pth"):
         pytest.importorskip("torch", reason="needs pip install torch")
     weight_files.write(str(tmp_path / name), detectron2.to_detectron2(params(), CONFIG), "model")
-    assert_same(parameters.named_leaves(detectron2.read(str(tmp_path / name))[1]), parameters.named_leaves(params()))
+    assert_same(parameters.named_leaves(read(str(tmp_path / name))[1]), parameters.named_leaves(params()))
 
 
 def without(name):
@@ -116,7 +123,7 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_weights_of_other_networks_are_refused_in_one_line(name):
     with pytest.raises(errors.UserError) as caught:
-        detectron2.config_of({key: np.shape(array) for key, array in OTHERS[name].items()})
+        FORMAT.config_of({key: np.shape(array) for key, array in OTHERS[name].items()})
     assert "ViTDet" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -173,13 +180,13 @@ def test_arrays_that_are_not_whole_are_refused(name, tmp_path):
         numpy_pickles.load(io.BytesIO(HOSTILE[name]))
     (tmp_path / "a.pkl").write_bytes(HOSTILE[name])
     with pytest.raises(errors.UserError, match="a.pkl"):
-        detectron2.read(str(tmp_path / "a.pkl"))
+        read(str(tmp_path / "a.pkl"))
 
 
 def test_no_code_of_a_pickle_runs(tmp_path):
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"model": {"a": Call(exec, f"open({str(tmp_path / 'ran')!r}, 'w')")}}))
     with pytest.raises(errors.UserError, match="not a tensor"):
-        detectron2.read(str(tmp_path / "a.pkl"))
+        read(str(tmp_path / "a.pkl"))
     assert not (tmp_path / "ran").exists()
 
 
@@ -187,7 +194,7 @@ def test_no_code_of_a_pickle_runs(tmp_path):
 def test_files_that_hold_nothing_are_named(name, tmp_path):
     (tmp_path / "empty.pkl").touch()
     with pytest.raises(errors.UserError, match=name):
-        detectron2.read(str(tmp_path / name))
+        read(str(tmp_path / name))
 
 
 def test_what_a_pickle_sets_on_an_object_is_kept_as_data():

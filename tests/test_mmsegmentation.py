@@ -6,11 +6,18 @@ import jax
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
-from uper import CONFIG, WEIGHTS, params
+from uper import CONFIG, FORMAT, WEIGHTS, params
 
 from addp_jax import errors, parameters, weights
 from addp_jax.models import beit, segmenter
+from addp_jax.weights import dense as formats
 from addp_jax.weights import encoder, mmsegmentation, weight_files
+
+
+def read(path):
+    """`(config, parameters)` of a file that is taken for one of this format."""
+    return FORMAT.parse(path, formats.open_file(path)[1])
+
 
 TABLE = "backbone.layers.1.attn.relative_position_bias_table"
 INDEX = "backbone.layers.1.attn.relative_position_index"
@@ -55,7 +62,7 @@ FILES = {"a.pth": save_torch, "a.safetensors": lambda path: safetensors_numpy.sa
 @pytest.mark.parametrize("name", FILES)
 def test_files_are_read(name, tmp_path):
     FILES[name](tmp_path / name)
-    config, found = mmsegmentation.read(str(tmp_path / name))
+    config, found = read(str(tmp_path / name))
     assert config == CONFIG
     assert_same(parameters.named_leaves(found), parameters.named_leaves(params()))
 
@@ -65,7 +72,7 @@ def test_files_are_written_and_read_again(name, tmp_path):
     if name.endswith(".pth"):
         pytest.importorskip("torch", reason="needs pip install torch")
     weight_files.write(str(tmp_path / name), mmsegmentation.to_mmsegmentation(params(), CONFIG), "state_dict")
-    assert_same(parameters.named_leaves(mmsegmentation.read(str(tmp_path / name))[1]), parameters.named_leaves(params()))
+    assert_same(parameters.named_leaves(read(str(tmp_path / name))[1]), parameters.named_leaves(params()))
 
 
 def without(name):
@@ -104,14 +111,14 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_weights_of_other_networks_are_refused_in_one_line(name):
     with pytest.raises(errors.UserError) as caught:
-        mmsegmentation.config_of({key: np.shape(array) for key, array in OTHERS[name].items()})
+        FORMAT.config_of({key: np.shape(array) for key, array in OTHERS[name].items()})
     assert "mmsegmentation" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_files_of_other_networks_are_named(tmp_path):
     safetensors_numpy.save_file({"a": np.ones(3, np.float32)}, tmp_path / "a.safetensors")
     with pytest.raises(errors.UserError, match="a.safetensors"):
-        mmsegmentation.read(str(tmp_path / "a.safetensors"))
+        read(str(tmp_path / "a.safetensors"))
 
 
 @pytest.mark.parametrize("change", [dict(input_norm=True), dict(relative_positions=False), dict(layer_scale=False)])

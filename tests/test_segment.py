@@ -35,12 +35,7 @@ def workdir(config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    for name, (height, width) in SIZES.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / name)
-    return folder
+    return programs.photos(tmp_path_factory.mktemp("photos"), SIZES)
 
 
 def test_own_images_of_any_size_and_the_api(config, workdir, photos, tmp_path, capsys):

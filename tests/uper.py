@@ -4,6 +4,7 @@ import functools
 
 import dense
 
+from addp_jax.weights import dense as formats
 from addp_jax.weights import mmsegmentation
 
 
@@ -15,7 +16,8 @@ def named(arrays, kind: str) -> dict:
 # The backbone's and the heads' numbers were made one by one, at one width.
 WEIGHTS = {f"backbone.{name}": array for name, array in named(dense.arrays("mae_seg_backbone"), "param").items()}
 WEIGHTS |= named(dense.arrays("upernet"), "param")
-CONFIG = mmsegmentation.config_of({name: array.shape for name, array in WEIGHTS.items()})
+FORMAT = formats.FORMATS["mmsegmentation"]
+CONFIG = FORMAT.config_of({name: array.shape for name, array in WEIGHTS.items()})
 
 
 @functools.cache

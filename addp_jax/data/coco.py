@@ -17,8 +17,8 @@ from pycocotools import mask as rle
 
 from addp_jax import errors
 from addp_jax.data import transforms, walk
+from addp_jax.ops.images import PADDING
 
-PADDING = (124, 116, 104)  # RGB beyond the picture: ImageNet's mean, about 0 once normalised
 SMALLEST_SIDE = 1e-5  # pixels; an object whose box has a smaller one is dropped
 SMALLEST_AREA = 1e-9  # square pixels; what is left of a polygon is dropped below it
 

@@ -15,8 +15,8 @@ import numpy as np
 from addp_jax import errors
 from addp_jax.data import transforms, walk
 from addp_jax.ops import opencv, windows
+from addp_jax.ops.segmentation import IGNORED
 
-IGNORED = 255
 CROP_TRIES = 10  # crops that are tested; the next one is taken as it is
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 32, (0.5, 1.5), (0.5, 1.5), 18  # what colours are changed by, at most
 ODDS = 0.5  # of each change, and of a flip

@@ -67,10 +67,8 @@ def _rle(mask) -> dict:
 
 def write(path: str, rows: list[dict]) -> None:
     """Results as a json file for COCO's test server. Raises UserError naming the file that cannot be written."""
-    try:
+    with files.explain(f"cannot write {path}"):
         files.write_text(path, json.dumps(rows))
-    except OSError as error:
-        raise errors.UserError(f"cannot write {path}: {files.reason(error)}") from error
 
 
 def ground_truth(images: Iterable[tuple], names: Iterable[str]) -> dict:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-IGNORED = 255  # of a label map: pixels that do not count
+from addp_jax.ops.segmentation import IGNORED
 
 
 def confusion(prediction: np.ndarray, label: np.ndarray, num_classes: int) -> np.ndarray:

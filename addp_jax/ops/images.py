@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+PADDING = (124, 116, 104)  # RGB beyond a picture: ImageNet's mean, about 0 once normalised
+
 
 def to_unit(image: jax.Array) -> jax.Array:
     """uint8 [...] -> float32 in [0,1]."""

@@ -22,8 +22,8 @@ import numpy as np
 
 from addp_jax import schema
 from addp_jax.ops import opencv
+from addp_jax.ops.images import PADDING
 
-PADDING = (124, 116, 104)  # RGB beyond the image: ImageNet's mean, about 0 once normalised
 LONGEST = 4  # the long side of a resized image, at most, in windows
 TILE = 128, 512  # pixels of an image whose labels are computed at a time
 

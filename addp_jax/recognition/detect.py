@@ -10,7 +10,7 @@ import os
 import jax
 import numpy as np
 
-from addp_jax import errors, files, partition, pictures
+from addp_jax import files, partition, pictures
 from addp_jax.data import pipeline, transforms
 from addp_jax.metrics import detection as metrics
 from addp_jax.ops import masks
@@ -44,10 +44,8 @@ def detect(program, config: own.Config, workdir: str) -> None:
                 pictures.save_pictures(os.path.join(output, "pictures"), {path: picture})
     if jax.process_index() == 0:
         path = os.path.join(output, "predictions.jsonl")
-        try:
+        with files.explain(f"cannot write {path}"):
             files.write_text(path, "".join(lines))
-        except OSError as error:
-            raise errors.UserError(f"cannot write {path}: {files.reason(error)}") from error
         print(path, os.path.join(output, "pictures"), sep="\n")
     own.refuse_unreadable(source, np.array(readable, int))
 

@@ -45,11 +45,9 @@ def predict(program, config: own.Config, workdir: str) -> None:
         images = np.stack([transform(source[i], rng)["image"] for i in readable[:NUM_PICTURES]])
         captions = [f"{names[classes[0]]} {scores.max():.0%}" for classes, scores in zip(order, probs[:NUM_PICTURES])]
         path, sheet = os.path.join(output, "predictions.jsonl"), pictures.contact_sheet(captions, images)
-        try:
+        with files.explain(f"cannot write to {output}"):
             files.write_text(path, "".join(lines))
             print(path, *pictures.save_pictures(output, {"predictions": sheet}), sep="\n")
-        except OSError as error:
-            raise errors.UserError(f"cannot write to {output}: {files.reason(error)}") from error
     own.refuse_unreadable(source, readable)
 
 

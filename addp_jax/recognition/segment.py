@@ -40,10 +40,8 @@ def segment(program, config: own.Config, workdir: str) -> None:
         readable = sorted(map(int, processes.gathered(dict.fromkeys(map(str, readable), True))))
     if jax.process_index() == 0:
         path = os.path.join(output, "classes.txt")
-        try:
+        with files.explain(f"cannot write {path}"):
             files.write_text(path, "".join(f"{files.printable(name)}\n" for name in names))
-        except OSError as error:
-            raise errors.UserError(f"cannot write {path}: {files.reason(error)}") from error
         print(*(os.path.join(output, name) for name in ("labels", "pictures", "classes.txt")), sep="\n")
     own.refuse_unreadable(source, np.array(readable, int))
 

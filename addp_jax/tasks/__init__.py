@@ -232,8 +232,12 @@ def require(task: Task, name: str, protocol: type) -> None:
 
 def class_names(task: KnowsClasses, identity: dict) -> tuple[str, ...]:
     """One per class of the network: those that a run has on record in its `identity`, else numbers."""
-    names = tuple(identity.get("data", {}).get("classes", ()))
-    return (*names, *(f"class {n}" for n in range(len(names), task.num_classes)))
+    return numbered(tuple(identity.get("data", {}).get("classes", ())), task.num_classes)
+
+
+def numbered(names: tuple[str, ...], count: int) -> tuple[str, ...]:
+    """`names` and, up to `count`, numbers."""
+    return (*names, *(f"class {n}" for n in range(len(names), count)))
 
 
 def image_example(image_size: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -56,11 +56,6 @@ class Config:
             raise ValueError(f"jitter: {self.jitter}; use two rising factors")
 
 
-def _count(logits) -> int:
-    """Anchors of a level."""
-    return logits.shape[1]
-
-
 class Task(tasks.Detector):
     """See `addp_jax.tasks`."""
 
@@ -117,7 +112,8 @@ class Task(tasks.Detector):
         image = images.to_unit(batch["image"])
         levels = apply(image, batch["size"], train, method="features", rngs={"dropout": rngs[0]})
         logits, deltas = zip(*apply(levels, method="propose"))
-        losses = self._rpn_losses(logits, deltas, batch, self._priorities(rngs[1], batch, sum(map(_count, logits))))
+        priorities = self._priorities(rngs[1], batch, sum(level.shape[1] for level in logits))
+        losses = self._rpn_losses(logits, deltas, batch, priorities)
         config, objects, classes = self.config, batch["boxes"], batch["classes"]
         found = self._propose(logits, deltas, batch["size"], config.train_best, config.train_proposals)
         priorities = self._priorities(rngs[2], batch, config.train_proposals + objects.shape[1])
@@ -148,7 +144,7 @@ class Task(tasks.Detector):
 
     def _anchors(self, logits):
         """Of each level [A,4]; images are square."""
-        sides = [round((_count(level) / detector.ASPECT_RATIOS) ** 0.5) for level in logits]
+        sides = [round((level.shape[1] / detector.ASPECT_RATIOS) ** 0.5) for level in logits]
         return boxes.anchors([(side, side) for side in sides], self.strides, self.config.anchor_sizes)
 
     def _propose(self, logits, deltas, size, best: int, num: int) -> proposals.Proposals:
@@ -196,7 +192,7 @@ class Task(tasks.Detector):
                 example, one, prob = jax.tree.map(lambda leaf: leaf[k], (batch, found, probs))
                 one = one._replace(valid=one.valid & (one.classes < len(category_ids)))  # those that the data knows
                 if len(shown) < 2 * SHOWN:
-                    shown += _beside_truth(example, one, prob, source.classes)
+                    shown += _beside_truth(example, one, prob, tasks.numbered(source.classes, self.num_classes))
                 objects = masks.in_original(one, prob, example["scale"], example["original_size"])
                 image_id = int(example["image_id"])
                 rows[image_id] = metrics.results(image_id, *objects, category_ids=category_ids)
@@ -222,10 +218,9 @@ def truth_of(source) -> dict:
     return source.ground_truth() or metrics.ground_truth(map(objects, range(len(source))), source.classes)
 
 
-def _beside_truth(example, found, probs, classes) -> list[np.ndarray]:
+def _beside_truth(example, found, probs, names) -> list[np.ndarray]:
     """Two pictures of the network's image: what is found in it, and what is there."""
     image = example["image"]
-    names = [*classes, *(f"class {n}" for n in range(len(classes), 1 + int(found.classes.max(initial=0))))]
     located, scores, labels, drawn = masks.in_original(found, probs, np.ones(2), np.array(image.shape[:2]))
     sure = scores >= SHOWN_FROM
     guess = located[sure], drawn[sure], [names[n] for n in labels[sure]], scores[sure]

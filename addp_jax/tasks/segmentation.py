@@ -140,7 +140,7 @@ class Task(tasks.Segmenter):
 
         The pictures: how much of each class was taken for which, and the first images beside the truth.
         """
-        names = (*source.classes, *(f"class {n}" for n in range(len(source.classes), self.num_classes)))
+        names = tasks.numbered(source.classes, self.num_classes)
         matrix, shown = np.zeros((self.num_classes,) * 2, np.int64), []
         for example in batches:
             found = self.segment(params, frozen, example["image"] if example["valid"] else None)

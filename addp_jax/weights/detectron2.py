@@ -7,7 +7,6 @@ stage of boxes; all else is refused. Windowed blocks have shorter tables of rela
 from __future__ import annotations
 
 import mmap
-import os
 
 import jax
 import numpy as np
@@ -15,7 +14,7 @@ import numpy as np
 from addp_jax import errors, files, parameters
 from addp_jax.models import detector, vitdet
 from addp_jax.weights import numpy_pickles, pytorch, weight_files
-from addp_jax.weights.pytorch import CONV, SAME, Rule, Transform
+from addp_jax.weights.pytorch import CONV, POINT, SAME, UP_CONV, Rule, Transform, weight_and_bias
 
 BACKBONE, NET = "backbone", "backbone.net"
 RPN, BOX_HEAD = "proposal_generator.rpn_head", "roi_heads.box_head"
@@ -33,13 +32,7 @@ def to_box_pool(kernel):
     return kernel.reshape(side, side, -1, kernel.shape[1]).transpose(3, 2, 0, 1).reshape(kernel.shape[1], -1)
 
 
-UP_CONV = Transform(lambda weight: (weight.transpose(2, 3, 0, 1),), lambda kernel: kernel.transpose(2, 3, 0, 1))
-POINT = Transform(lambda weight: (weight[:, :, 0, 0].T,), lambda kernel: kernel.T[:, :, None, None])
 FC = Transform(from_box_pool, to_box_pool)  # (F, C*7*7) <-> (7*7*C, F)
-
-
-def weight_and_bias(torch: str, ours: str, transform: Transform) -> list[Rule]:
-    return [Rule(f"{torch}.weight", (f"{ours}/kernel",), transform), Rule(f"{torch}.bias", (f"{ours}/bias",), SAME)]
 
 
 def conv_norm(torch: str, conv: str, norm: str) -> list[Rule]:
@@ -135,19 +128,11 @@ def to_detectron2(params: dict, config: detector.Config) -> dict[str, np.ndarray
     return tensors
 
 
-def config_of(shapes: dict) -> detector.Config:
+def read_config(shapes: dict) -> detector.Config:
     """The config that tensors of these shapes belong to; the rates of dropped paths are the default's.
 
-    Raises UserError unless they are ViTDet's.
+    Raises what a missing or misshapen tensor raises; `dense.Format.config_of` makes one line of it.
     """
-    try:
-        return read_config(shapes)
-    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
-        reason = f"no tensor {error.args[0]}" if isinstance(error, KeyError) else files.reason(error)
-        raise errors.UserError(f"these are not the weights of a ViTDet Mask R-CNN of detectron2: {reason}") from error
-
-
-def read_config(shapes: dict) -> detector.Config:
     width, _, patch, _ = shapes[f"{NET}.patch_embed.proj.weight"]
     depth = len(pytorch.layer_names(f"{NET}.blocks.{{i}}.attn.rel_pos_h", shapes))
     tables = [shapes[f"{NET}.blocks.{block}.attn.rel_pos_h"] for block in range(depth)]
@@ -174,27 +159,13 @@ def read_config(shapes: dict) -> detector.Config:
     )
 
 
-def read(path: str) -> tuple[detector.Config, dict]:
-    """`(config, parameters)` of a weight file of detectron2: its .pkl, or what `weight_files.read` knows.
-
-    Nothing that the file holds is run. Raises UserError naming the file.
-    """
-    tensors = read_pickle(path) if os.path.splitext(path)[1].lower() == ".pkl" else weight_files.read(path)
-    try:
-        config = config_of({name: tensor.shape for name, tensor in tensors.items()})
-        return config, from_detectron2(tensors, config)
-    except errors.UserError as error:
-        raise errors.UserError(f"{path}: {error}") from error
-
 
 def read_pickle(path: str) -> dict[str, weight_files.Stored]:
     """The arrays by name in a .pkl of detectron2's model zoo."""
-    try:
+    with files.explain(f"{path} cannot be read", OSError, ValueError):
         with files.open_regular(path) as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         tree = numpy_pickles.load(data)
-    except (OSError, ValueError) as error:
-        raise errors.UserError(f"{path} cannot be read: {files.reason(error)}") from error
     found = {}
     for key, value in weight_files.tensors_of(path, tree).items():
         name = weight_files.printable(key)

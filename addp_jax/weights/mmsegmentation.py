@@ -11,20 +11,14 @@ import math
 import jax
 import numpy as np
 
-from addp_jax import errors, files, parameters
+from addp_jax import errors, parameters
 from addp_jax.models import beit, segmenter
-from addp_jax.weights import pytorch, weight_files
-from addp_jax.weights.pytorch import CONV, SAME, Rule, Transform
+from addp_jax.weights import pytorch
+from addp_jax.weights.pytorch import CONV, POINT, SAME, UP_CONV, Rule, weight_and_bias
 
 NET, NECK, HEAD, AUXILIARY = "backbone", "neck", "decode_head", "auxiliary_head"
 INDEX = ".attn.relative_position_index"  # a constant that mmsegmentation keeps beside each table
 COUNT = ".num_batches_tracked"  # of a BatchNorm; read by none that has a momentum
-UP_CONV = Transform(lambda weight: (weight.transpose(2, 3, 0, 1),), lambda kernel: kernel.transpose(2, 3, 0, 1))
-POINT = Transform(lambda weight: (weight[:, :, 0, 0].T,), lambda kernel: kernel.T[:, :, None, None])
-
-
-def weight_and_bias(torch: str, ours: str, transform: Transform) -> list[Rule]:
-    return [Rule(f"{torch}.weight", (f"{ours}/kernel",), transform), Rule(f"{torch}.bias", (f"{ours}/bias",), SAME)]
 
 
 def batch_norm(torch: str, ours: str) -> list[Rule]:
@@ -113,19 +107,11 @@ def to_mmsegmentation(params: dict, config: segmenter.Config) -> dict[str, np.nd
     return tensors | {f"{NET}.layers.{block}{INDEX}": index for block in range(encoder.depth)}
 
 
-def config_of(shapes: dict) -> segmenter.Config:
+def read_config(shapes: dict) -> segmenter.Config:
     """The config that tensors of these shapes belong to; rates of what is dropped are the default's, taps are even.
 
-    Raises UserError unless they are those of UperNet on mmsegmentation's MAE.
+    Raises what a missing or misshapen tensor raises; `dense.Format.config_of` makes one line of it.
     """
-    try:
-        return read_config(shapes)
-    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
-        reason = f"no tensor {error.args[0]}" if isinstance(error, KeyError) else files.reason(error)
-        raise errors.UserError(f"these are not the weights of mmsegmentation's MAE with UperNet: {reason}") from error
-
-
-def read_config(shapes: dict) -> segmenter.Config:
     width, _, patch, _ = shapes[f"{NET}.patch_embed.projection.weight"]
     depth = len(pytorch.layer_names(f"{NET}.layers.{{i}}.gamma_1", shapes))
     rows, heads = shapes[f"{NET}.layers.0.attn.relative_position_bias_table"]
@@ -144,16 +130,3 @@ def read_config(shapes: dict) -> segmenter.Config:
         auxiliary_channels=shapes[f"{AUXILIARY}.convs.0.conv.weight"][0],
         num_classes=shapes[f"{HEAD}.conv_seg.weight"][0],
     )
-
-
-def read(path: str) -> tuple[segmenter.Config, dict]:
-    """`(config, parameters)` of a weight file of mmsegmentation: what `weight_files.read` knows.
-
-    Nothing that the file holds is run. Raises UserError naming the file.
-    """
-    tensors = weight_files.read(path)
-    try:
-        config = config_of({name: tensor.shape for name, tensor in tensors.items()})
-        return config, from_mmsegmentation(tensors, config)
-    except errors.UserError as error:
-        raise errors.UserError(f"{path}: {error}") from error

@@ -50,8 +50,16 @@ PATCHES = Transform(  # (D,3,p,p) convolution over patches <-> (p*p*3, D) matrix
 QKV_BIAS = Transform(lambda bias: tuple(np.split(bias, 3)), lambda *qkv: np.concatenate(qkv))
 
 
+UP_CONV = Transform(lambda weight: (weight.transpose(2, 3, 0, 1),), lambda kernel: kernel.transpose(2, 3, 0, 1))
+POINT = Transform(lambda weight: (weight[:, :, 0, 0].T,), lambda kernel: kernel.T[:, :, None, None])  # 1x1 <-> matrix
+
+
+def weight_and_bias(torch: str, ours: str, transform: Transform) -> list[Rule]:
+    return [Rule(f"{torch}.weight", (f"{ours}/kernel",), transform), Rule(f"{torch}.bias", (f"{ours}/bias",), SAME)]
+
+
 def linear(torch: str, ours: str) -> list[Rule]:
-    return [Rule(f"{torch}.weight", (f"{ours}/kernel",), LINEAR), Rule(f"{torch}.bias", (f"{ours}/bias",), SAME)]
+    return weight_and_bias(torch, ours, LINEAR)
 
 
 def norm(torch: str, ours: str) -> list[Rule]:
