@@ -1,4 +1,4 @@
-"""Detection in real processes: killed and resumed bit for bit; two processes train and evaluate as one."""
+"""Detection and segmentation in real processes: killed and resumed bit for bit; two processes train and evaluate as one."""
 
 import sys
 
@@ -11,31 +11,33 @@ from addp_jax.weights import checkpoint
 
 pytestmark = pytest.mark.medium
 
-CONFIG = "configs/demo_detection.py:tiny"
 STEPS = 6
 FLAGS = (
     f"--config.steps={STEPS}", "--config.model.encoder_weights=", "--config.checkpoint.every=2", "--config.eval_batches=0",
-    f"--config.eval_every={STEPS}", "--config.data.num_eval=5", "--config.model.score_above=0.0",
+    f"--config.eval_every={STEPS}", "--config.data.num_eval=5",
 )  # fmt: skip
+OWN_FLAGS = {"detection": ("--config.model.score_above=0.0",), "segmentation": ()}
 
 
-def alone(workdir):
-    command = (sys.executable, "-m", "addp_jax.main", f"--config={CONFIG}", f"--workdir={workdir}", *FLAGS)
+def alone(workdir, config, flags):
+    command = (sys.executable, "-m", "addp_jax.main", f"--config={config}", f"--workdir={workdir}", *flags)
     return Launch(*command, JAX_ENABLE_COMPILATION_CACHE="true")
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+@pytest.fixture(scope="module", params=OWN_FLAGS)
+def folders(tmp_path_factory, request):
     """Of an undisturbed run, of one that was killed and went on, and of one of two processes."""
-    root = tmp_path_factory.mktemp("detection")
+    root = tmp_path_factory.mktemp(request.param)
+    run_of = f"configs/demo_{request.param}.py:tiny", FLAGS + OWN_FLAGS[request.param]
     found = {name: str(root / name) for name in ("whole", "killed", "two")}
-    with alone(found["whole"]) as run:
-        assert run.end()[0] == 0
-    with alone(found["killed"]) as run:
+    with alone(found["whole"], *run_of) as run:
+        status, _, problems = run.end()
+        assert status == 0, problems
+    with alone(found["killed"], *run_of) as run:
         run.until(found["killed"], 3)
-    with alone(found["killed"]) as run:
+    with alone(found["killed"], *run_of) as run:
         assert run.end()[0] == 0
-    with Launch("launch/local.sh", "2", CONFIG, found["two"], *FLAGS) as both:
+    with Launch("launch/local.sh", "2", run_of[0], found["two"], *run_of[1]) as both:
         status, _, problems = both.end()
         assert status == 0, problems
     return found
