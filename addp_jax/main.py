@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -23,7 +24,8 @@ MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do; configs/base.py sa
 WEIGHTS = flags.DEFINE_multi_string(
     "weights", [], "import: weight file; export: run folder or file with a network that --workdir lacks. May be repeated"
 )
-OUTPUT = flags.DEFINE_string("output", None, "export: file to write, .safetensors or .pth")
+OUTPUT = flags.DEFINE_string("output", None, "export: file to write, .safetensors or .pth; benchmark: .json")
+BASELINE = flags.DEFINE_string("baseline", None, "benchmark: an earlier run's --output, whose seconds are compared")
 LAYOUT = flags.DEFINE_enum("layout", None, ["addp", "mage", "vqgan", "finetune", "timm", "detectron2", "mmsegmentation"], "export: whose tensor names")
 EMA = flags.DEFINE_bool("ema", True, "export: the averaged parameters where there are; --noema: the raw ones")
 DISTRIBUTED = flags.DEFINE_bool(
@@ -105,7 +107,10 @@ def plan_run() -> None:
 
 def run() -> None:
     from addp_jax import modes, processes
+    from addp_jax.planning import benchmark
 
+    measured = MODE.value == "benchmark"
+    earlier = benchmark.read(files.expand(BASELINE.value)) if measured and BASELINE.value else None
     members = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
     configs = modes.split(CONFIG.value.to_dict())  # a mistake there is said before the other processes are waited for
     if DISTRIBUTED.value or any(value is not None for value in members):
@@ -113,7 +118,11 @@ def run() -> None:
     if MODE.value == "train":
         print(CONFIG.value)
     with processes.noticing_losses():
-        modes.run(MODE.value, *configs, WORKDIR.value or "")
+        result = modes.run(MODE.value, *configs, WORKDIR.value or "")
+        if measured and OUTPUT.value:
+            files.write_text(files.expand(OUTPUT.value), json.dumps(result, indent=1) + "\n")
+        if earlier is not None:
+            benchmark.compare(result, earlier)
         processes.agreed(True)  # the first one may still be writing
 
 

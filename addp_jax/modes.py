@@ -57,7 +57,7 @@ def split(config: Mapping) -> tuple[program.Config, dict[str, Any]]:
     return schema.build(program.Config, {name: config[name] for name in config if name not in SECTIONS}), sections
 
 
-def run(name: str, own: program.Config, sections: Mapping[str, Any], workdir: str) -> None:
+def run(name: str, own: program.Config, sections: Mapping[str, Any], workdir: str) -> Any:
     """Run the mode `name` on what `split` returns. Raises UserError for what the user can put right."""
     mode = MODES[name]
     if mode.workdir and not workdir:
@@ -66,4 +66,4 @@ def run(name: str, own: program.Config, sections: Mapping[str, Any], workdir: st
     if isinstance(subject, program.Program):
         tasks.require(subject.task, own.task, mode.ability)
     settings = [sections[mode.section]] if mode.section else []
-    mode.run(subject, *settings, *[files.expand(workdir)] * mode.workdir)
+    return mode.run(subject, *settings, *[files.expand(workdir)] * mode.workdir)

@@ -6,7 +6,7 @@ import jax
 import programs
 import pytest
 
-from addp_jax import partition
+from addp_jax import errors, partition
 from addp_jax.planning import benchmark, flops
 
 pytestmark = pytest.mark.medium
@@ -64,8 +64,33 @@ def test_what_is_computed_again_is_executed_and_not_useful(result):
 def test_the_table_has_both_utilisations(capsys):
     benchmark.report("a step", [benchmark.Row("training step", 2.0, 8e9, 6e9)], 4, 10e9)
     heading, row = capsys.readouterr().out.strip().splitlines()[-2:]
-    assert heading.split() == ["runs", "seconds", "GFLOP", "useful", "GFLOP/s", "images/s", "HFU", "MFU", "MiB"]
-    assert row.split()[2:] == ["1", "2.000", "8.0", "6.0", "4.0", "2.000", "40.0%", "30.0%", "0"]
+    assert heading.split() == ["runs", "seconds", "GFLOP", "useful", "GFLOP/s", "images/s", "HFU", "MFU", "x", "floor", "MiB"]
+    assert row.split()[2:] == ["1", "2.000", "8.0", "6.0", "4.0", "2.000", "40.0%", "30.0%", "3.33", "0"]
+
+
+def kept(tmp_path, result):
+    path = tmp_path / "earlier.json"
+    path.write_text(json.dumps(result))
+    return str(path)
+
+
+def test_a_regression_is_named(result, tmp_path, capsys):
+    earlier = benchmark.read(kept(tmp_path, result))
+    benchmark.compare(result, earlier)
+    assert capsys.readouterr().out.endswith("slower by more than 5%: nothing\n")
+    earlier["sampling"]["Tokenizer.decode"] /= 1.06
+    earlier["training step"]["optimizer"] /= 1.04
+    benchmark.compare(result, earlier | {"dtype": "bfloat16"})
+    printed = capsys.readouterr().out
+    assert printed.endswith("slower by more than 5%: Tokenizer.decode\n")
+    assert "warning: the baseline's dtype is bfloat16, of this run float32" in printed
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "{}", '{"device": 1, "devices": 1, "dtype": 1, "batch_size": 1, "sampling": [{}]}'])
+def test_a_baseline_that_is_none_is_named(tmp_path, text):
+    (tmp_path / "earlier.json").write_text(text)
+    with pytest.raises(errors.UserError, match=r"^baseline .*earlier.json: not a result of --mode=benchmark"):
+        benchmark.read(str(tmp_path / "earlier.json"))
 
 
 def test_keeping_everything_changes_nothing_but_what_is_computed_again():

@@ -2,7 +2,8 @@
 device, with made-up images. A part is run on its own, so the parts' times need not add up to the whole's.
 
 FLOPs are told twice: executed ones, with what remat computes again for the backward pass, and useful ones, without.
-Of the device's peak, the first are its hardware utilisation (HFU), the second the model's (MFU).
+Of the device's peak, the first are its hardware utilisation (HFU), the second the model's (MFU). `x floor` is how many
+times as long a part takes as its useful FLOPs would at the peak.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from addp_jax import optim, partition, program, samplers, tasks
+from addp_jax import files, optim, partition, program, samplers, tasks
 from addp_jax.planning import calls, flops, topologies
 
+TABLES = ("training step", "sampling")
+COMPARABLE = ("device", "devices", "dtype", "batch_size")  # of two results whose seconds are compared
 REPEATS, ENOUGH_SECONDS = 3, 20.0  # the best of so many runs, of fewer where they take long
+SLOWER = 1.05  # times the baseline's seconds: from here on a part is named
 PER_RUN = ("seconds", "flops", "useful_flops", "calls")  # of a Row: they grow with the runs
 
 # What jax calls a device -> its entry in topologies.CHIPS. The peak of others, and of float32, is measured.
@@ -171,13 +175,14 @@ def peak_flops(device, dtype) -> tuple[float, str]:
 def report(title: str, rows: list[Row], images: int, peak: float) -> None:
     """A table; the first row is the whole."""
     print(f"\n{title}")
-    columns = f"{'GFLOP':>10}{'useful':>10}{'GFLOP/s':>10}{'images/s':>10}{'HFU':>8}{'MFU':>8}{'MiB':>8}"
+    columns = f"{'GFLOP':>10}{'useful':>10}{'GFLOP/s':>10}{'images/s':>10}{'HFU':>8}{'MFU':>8}{'x floor':>9}{'MiB':>8}"
     print(f"{'':34}{'runs':>6}{'seconds':>10}{columns}")
     for row in rows:
         rate, useful_rate = row.flops / row.seconds, row.useful_flops / row.seconds
+        floor = f"{peak / useful_rate:.2f}" if useful_rate else "-"  # the optimizer multiplies no matrices
         print(
             f"{row.part:34}{row.calls:6}{row.seconds:10.3f}{row.flops / 1e9:10.1f}{row.useful_flops / 1e9:10.1f}"
-            f"{rate / 1e9:10.1f}{images / row.seconds:10.3f}{rate / peak:8.1%}{useful_rate / peak:8.1%}"
+            f"{rate / 1e9:10.1f}{images / row.seconds:10.3f}{rate / peak:8.1%}{useful_rate / peak:8.1%}{floor:>9}"
             f"{row.planned_bytes / 2**20:8.0f}",
             flush=True,  # the next table takes its time
         )
@@ -195,9 +200,9 @@ def benchmark(config: program.Config) -> dict:
         frozen = run.place(task.load_frozen())
         batch = made_up(run.batch, partition.batch_sharding(run.mesh))
         peak, source = peak_flops(device, dtype)
-        measures = {"training step": lambda: training(config, run, frozen, batch)}
+        measures = {TABLES[0]: lambda: training(config, run, frozen, batch)}
         if isinstance(task, tasks.Generator):
-            measures["sampling"] = lambda: sampling(run, frozen, config.batch_size)
+            measures[TABLES[1]] = lambda: sampling(run, frozen, config.batch_size)
         tables = {}
         for title, rows in measures.items():
             tables[title] = rows()
@@ -215,3 +220,29 @@ def benchmark(config: program.Config) -> dict:
     } | {title: [dataclasses.asdict(row) for row in rows] for title, rows in tables.items()}
     print(json.dumps(result))
     return result
+
+
+
+def read(path: str) -> dict:
+    """An earlier result, as `--output` writes it. Raises UserError if the file holds none."""
+    with files.explain(f"baseline {path}: not a result of --mode=benchmark", KeyError, TypeError, ValueError):
+        earlier = files.read_json(path)
+        return {name: earlier[name] for name in COMPARABLE} | {
+            table: {row["part"]: float(row["seconds"]) for row in earlier.get(table, [])} for table in TABLES
+        }
+
+
+def compare(result: dict, earlier: dict) -> None:
+    """Print every part's seconds beside those of `earlier` (`read`), and name the parts that have become slower."""
+    for name in COMPARABLE:
+        if earlier[name] != result[name]:
+            print(f"warning: the baseline's {name} is {earlier[name]}, of this run {result[name]}")
+    print(f"\n{'seconds':34}{'baseline':>10}{'now':>10}{'ratio':>8}")
+    slower = []
+    for table in TABLES:
+        for row in result.get(table, []):
+            if (part := row["part"]) in earlier[table]:
+                before, now = earlier[table][part], row["seconds"]
+                print(f"{part:34}{before:10.3f}{now:10.3f}{now / before:8.2f}")
+                slower += [part] * (now > SLOWER * before)
+    print(f"slower by more than {SLOWER - 1:.0%}: {', '.join(slower) or 'nothing'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 
 import jax
@@ -10,9 +11,11 @@ from addp_jax import errors, logs
 from addp_jax.program import TrainingProgram
 from addp_jax.training import reports
 
+AHEAD = 2  # steps that the devices are given before the metrics of an earlier one are waited for
+
 
 class Log:
-    """Metrics of each step, one step late; the console, TensorBoard, log.jsonl, parameters.txt and a profile."""
+    """Metrics of each step, `AHEAD` steps late; the console, TensorBoard, log.jsonl, parameters.txt and a profile."""
 
     def __init__(self, workdir: str, run: TrainingProgram, saver, start: int):
         if jax.process_index() == 0:
@@ -20,19 +23,23 @@ class Log:
         self.writer = reports.Writer(workdir, enabled=jax.process_index() == 0, start_step=start)
         self.progress = logs.Progress(run.length.total, start, enabled=jax.process_index() == 0)
         self.every, self.saver, self.workdir = run.config.log_every, saver, workdir
-        self.waiting, self.window = None, []
+        self.waiting, self.window = collections.deque(), []
         first = run.config.profile
         self.trace = reports.Trace(workdir, first, enabled=jax.process_index() == 0 and first > start)
 
     def add(self, step: int, metrics) -> None:
-        self.flush()
-        self.waiting = (step, metrics)
+        self.waiting.append((step, metrics))
+        self.flush(AHEAD)
 
-    def flush(self) -> None:
-        """Read the waiting metrics. Raises UserError when the loss, a gradient or a new parameter is not finite."""
-        if self.waiting is None:
-            return
-        (step, metrics), self.waiting = self.waiting, None
+    def flush(self, ahead: int = 0) -> None:
+        """Read the waiting metrics of all but the last `ahead` steps.
+
+        Raises UserError when the loss, a gradient or a new parameter is not finite.
+        """
+        while len(self.waiting) > ahead:
+            self.read(*self.waiting.popleft())
+
+    def read(self, step: int, metrics) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         watched = {name: values[name] for name in ("loss", "grad_norm", "param_norm")}
         if not all(map(math.isfinite, watched.values())):

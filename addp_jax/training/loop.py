@@ -114,7 +114,7 @@ def finish(run: TrainingProgram, workdir: str, state, frozen, start: int, saver,
 
 def loop(run: TrainingProgram, state, frozen, start: int, batches, saver, log: Log, interrupt: processes.Interrupt):
     """The loop itself. The order matters: a checkpoint is made *before* the batch that follows it is taken, and
-    a step's metrics are read only once the following step has been dispatched."""
+    a step's metrics are read only once the following ones have been dispatched, so that no device waits for it."""
     config, total = run.config, run.length.total
     on_device = pipeline.to_device(batches, partition.batch_sharding(run.mesh))
     for step in range(start, total):
