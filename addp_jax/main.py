@@ -117,7 +117,7 @@ def run() -> None:
         processes.start(*members, interruptible=MODE.value == "train")
     if MODE.value == "train":
         print(CONFIG.value)
-    with processes.noticing_losses():
+    with processes.as_one():
         result = modes.run(MODE.value, *configs, WORKDIR.value or "")
         if measured and OUTPUT.value:
             files.write_text(files.expand(OUTPUT.value), json.dumps(result, indent=1) + "\n")

@@ -13,15 +13,20 @@ import re
 import signal
 import sys
 import threading
+import time
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from addp_jax import errors
 
 HEARTBEAT_SECONDS = 30  # without a sign of life from a process, the others end
 WAIT_SECONDS = 300  # for all processes to be there
+MISTAKE = 2  # exit status for what starting again cannot mend
+GRACE_SECONDS = 3.0  # in which the others may come to the same mistake by themselves, or hear of it
+FAILED, FIRST = "addp_jax/failed", "addp_jax/first_failed"  # keys of the coordination service
 LOST = re.compile("gloo|nccl|coordination service|heartbeat|socket closed|connection reset|connection closed", re.I)
 
 
@@ -46,6 +51,7 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     except (ValueError, RuntimeError) as error:
         advice = "give coordinator=HOST:PORT num_processes=N process_id=I" if coordinator is None else "see --help"
         raise errors.UserError(f"distributed: {str(error).splitlines()[0]}; {advice}") from error
+    threading.Thread(target=_end_with_the_others, daemon=True).start()
     if jax.process_index():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     print(
@@ -60,11 +66,52 @@ def name() -> str:
     return f"process {jax.process_index()} of {jax.process_count()}: " if jax.distributed.is_initialized() else ""
 
 
+def _all_failed(client) -> bool:
+    """Whether every process has come to a mistake, be it within the time of grace."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    while time.monotonic() < deadline:
+        if len(client.key_value_dir_get(FAILED)) == jax.process_count():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _end_with_the_others() -> None:
+    """Ends this process once another one has come to a mistake; this one may wait for it in the middle of an operation."""
+    client = multihost.get_jax_distributed_client()
+    while True:
+        try:
+            text = client.blocking_key_value_get(FIRST, 1000 * HEARTBEAT_SECONDS)
+            break
+        except jax.errors.JaxRuntimeError:  # none yet
+            time.sleep(0.1)
+    if not _all_failed(client):
+        _end(text)
+
+
+def _end(text: str) -> None:
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    os._exit(MISTAKE)  # a regular exit would wait for the others
+
+
 @contextlib.contextmanager
-def noticing_losses():
-    """Within it, an operation that fails because another process is gone ends this one with a line that says so."""
+def as_one():
+    """Within it, what ends one process ends all of them, each with a line that says why.
+
+    A UserError that every process comes to is raised in each. One that a single process comes to, for whatever only it
+    sees, ends all of them with status 2 and its text. So does, with status 1, an operation that fails because another
+    process is gone.
+    """
     try:
         yield
+    except errors.UserError as error:
+        if jax.distributed.is_initialized():
+            client, text = multihost.get_jax_distributed_client(), f"{name()}{error}"
+            client.key_value_set(f"{FAILED}/{jax.process_index()}", text, allow_overwrite=True)
+            client.key_value_set(FIRST, text, allow_overwrite=True)
+            if not _all_failed(client):
+                _end(text)
+        raise
     except (ValueError, RuntimeError) as error:
         if not (jax.distributed.is_initialized() and LOST.search(str(error))):
             raise
@@ -103,31 +150,54 @@ def gathered(values: dict) -> dict:
 
 
 class Interrupt:
-    """While entered, SIGTERM or Ctrl-C asks the loop to save and stop instead of killing the process.
+    """Asks the training loop to save and stop when SIGTERM or Ctrl-C comes, instead of killing the process.
 
-    Of several processes, one that gets it stops all of them, after the same step. A second Ctrl-C ends this one at once.
+    It takes the signals while entered. Before, they end a process that is alone at once, as usual; several processes
+    look for SIGTERM in `leave`. Of several processes, one that gets it stops all of them, at the same question: all must
+    ask `after` and `leave` equally often. A second Ctrl-C ends this one at once.
 
     Attributes:
       requested: number of the signal that came; 0 = none.
+      cut_short: whether one came within `at_once`.
     """
 
     def __init__(self):
-        self.requested = 0
+        self.requested, self.cut_short = 0, False
+        self._asked, self._before, self._at_once = 0, {}, False
 
     def __enter__(self):
-        self._before = {}
         if threading.current_thread() is threading.main_thread():
             # Of several processes jax takes SIGTERM and tells the others; Ctrl-C becomes one.
             names = [signal.SIGINT] if jax.distributed.is_initialized() else [signal.SIGINT, signal.SIGTERM]
             self._before = {name: signal.signal(name, self._request) for name in names}
         return self
 
-    def after(self, step: int) -> bool:
-        """Whether to stop now that `step` steps are done; to be asked after each."""
-        if jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(step):
+    def after(self) -> bool:
+        """Whether to stop now; to be asked after each step."""
+        if not jax.distributed.is_initialized():
+            return bool(self.requested)
+        self._asked += 1  # one by one: they agree on the number after the highest one that any of them has reached
+        if multihost_utils.reached_preemption_sync_point(self._asked):
             self.requested = self.requested or signal.SIGTERM
             return True
-        return bool(self.requested) and not jax.distributed.is_initialized()
+        return False
+
+    def leave(self) -> None:
+        """To be asked where there is nothing to save yet. Raises SystemExit if a signal came."""
+        if self.after():
+            print("stopped by a signal before the first step; the same command starts again")
+            raise SystemExit(128 + self.requested)
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """Of a process that is alone, a signal ends what is done within, and `cut_short` is set."""
+        self._at_once = not jax.distributed.is_initialized()
+        try:
+            yield
+        except _Stopped:
+            self.cut_short = True
+        finally:
+            self._at_once = False
 
     def _request(self, number, frame):
         if number == signal.SIGINT:
@@ -137,7 +207,13 @@ class Interrupt:
         self.requested = number
         if jax.distributed.is_initialized():
             os.kill(os.getpid(), signal.SIGTERM)
+        elif self._at_once:
+            raise _Stopped
 
     def __exit__(self, *_):
         for name, handler in self._before.items():
             signal.signal(name, handler)
+
+
+class _Stopped(Exception):
+    """A signal came within `Interrupt.at_once`."""

@@ -13,7 +13,9 @@ from configs import base
 
 def get_config(arg="b"):
     large = base.size(arg) == "l"
-    encoder = vitdet.Config(**base.SIZES[base.size(arg)], drop_path=0.4 if large else 0.1)
+    encoder = vitdet.Config(
+        **base.SIZES[base.size(arg)], drop_path=0.4 if large else 0.1, remat="dots" if large else "none"
+    )
     config = base.run("detection", detection.Config(detector.Config(encoder)), batch_size=64, steps=184_375)
     config.data.update(source="coco", path="data/coco", train_split="instances_train2017", eval_split="instances_val2017")
     finetune(config, layer_decay=0.8 if large else 0.7)

@@ -72,7 +72,7 @@ def stop_after(config, workdir, steps):
     original, done = log.Log.add, []
 
     class Stopping(processes.Interrupt):
-        def after(self, step):
+        def after(self):
             self.requested = signal.SIGTERM if len(done) >= steps else 0
             return bool(self.requested)
 

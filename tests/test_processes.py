@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 import programs
 import pytest
+from jax.experimental import multihost_utils
 
 from addp_jax import errors, partition, processes
 from addp_jax.weights import checkpoint
@@ -157,6 +159,23 @@ def test_the_parameters_are_those_of_one_process(story):
         np.testing.assert_allclose(one, other, rtol=0, atol=NOISE)
 
 
+def test_a_mistake_that_one_process_sees_ends_all_at_once(tmp_path):
+    """The second one lacks the folder of the images."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = (f"--coordinator=localhost:{port}", "--num_processes=2", "--config.data.source=image_folder", "--config.data.num_train=0")
+    folder = tmp_path / "train"
+    folder.mkdir()
+    programs.photos(folder, {f"{kind}/{number}.png": (48, 48) for kind in range(8) for number in range(2)})
+    with alone(tmp_path / "run", *flags, f"--config.data.path={tmp_path}", "--config.data.eval_split=train", "--process_id=0") as first:
+        with alone(tmp_path / "run", *flags, "--config.data.path=nowhere", "--process_id=1") as second:
+            for process in first, second:
+                status, _, problems = process.end()
+                assert status == 2 and "Traceback" not in problems, problems
+                assert "error: process 1 of 2: config.data.path: " in problems and "nowhere" in problems
+
+
 # --- without other processes ----------------------------------------------------------------------
 
 
@@ -164,6 +183,34 @@ def test_the_parameters_are_those_of_one_process(story):
 def test_half_of_an_address_is_refused(given):
     with pytest.raises(errors.UserError, match="belong together"):
         processes.start(*given, interruptible=False)
+
+
+def test_several_processes_leave_before_the_first_step(monkeypatch):
+    """The question at which they stop is counted by themselves: training may begin at any step."""
+    asked = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda number: asked.append(number) or number == 3)
+    interrupt = processes.Interrupt()
+    interrupt.leave()
+    assert not interrupt.after()
+    with pytest.raises(SystemExit) as left:
+        interrupt.leave()
+    assert left.value.code == 143 and asked == [1, 2, 3]
+
+
+def test_a_signal_cuts_long_work_short_and_is_kept_otherwise():
+    done = []
+    with processes.Interrupt() as interrupt:
+        with interrupt.at_once():
+            done.append("begun")
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        assert interrupt.cut_short and interrupt.after() and interrupt.requested == signal.SIGTERM
+    with processes.Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.append("went on")
+        assert interrupt.after() and not interrupt.cut_short
+    assert done == ["begun", "went on"]
 
 
 def test_rows_of_a_host_whose_devices_are_not_neighbours(monkeypatch):

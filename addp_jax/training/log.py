@@ -9,7 +9,7 @@ import jax
 
 from addp_jax import errors, logs
 from addp_jax.program import TrainingProgram
-from addp_jax.training import reports
+from addp_jax.training import pace, reports
 
 AHEAD = 2  # steps that the devices are given before the metrics of an earlier one are waited for
 
@@ -17,18 +17,19 @@ AHEAD = 2  # steps that the devices are given before the metrics of an earlier o
 class Log:
     """Metrics of each step, `AHEAD` steps late; the console, TensorBoard, log.jsonl, parameters.txt and a profile."""
 
-    def __init__(self, workdir: str, run: TrainingProgram, saver, start: int):
+    def __init__(self, workdir: str, run: TrainingProgram, saver, start: int, clock: pace.Clock):
         if jax.process_index() == 0:
             print(reports.parameters(workdir, run.params))
         self.writer = reports.Writer(workdir, enabled=jax.process_index() == 0, start_step=start)
         self.progress = logs.Progress(run.length.total, start, enabled=jax.process_index() == 0)
         self.every, self.saver, self.workdir = run.config.log_every, saver, workdir
         self.waiting, self.window = collections.deque(), []
+        self.pace = pace.Pace(clock, workdir, start)
         first = run.config.profile
         self.trace = reports.Trace(workdir, first, enabled=jax.process_index() == 0 and first > start)
 
     def add(self, step: int, metrics) -> None:
-        self.waiting.append((step, metrics))
+        self.waiting.append((step, metrics, self.pace.at(step) if step % self.every == 0 else {}))
         self.flush(AHEAD)
 
     def flush(self, ahead: int = 0) -> None:
@@ -39,7 +40,7 @@ class Log:
         while len(self.waiting) > ahead:
             self.read(*self.waiting.popleft())
 
-    def read(self, step: int, metrics) -> None:
+    def read(self, step: int, metrics, figures: dict) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         watched = {name: values[name] for name in ("loss", "grad_norm", "param_norm")}
         if not all(map(math.isfinite, watched.values())):
@@ -52,6 +53,7 @@ class Log:
         if step % self.every == 0:
             mean = {name: sum(entry[name] for entry in self.window) / len(self.window) for name in values}
             self.write(self.writer.scalars, step, {f"train/{name}": value for name, value in mean.items()})
+            self.write(self.writer.scalars, step, {f"pace/{name}": value for name, value in figures.items()})
             self.window = []
 
     def results(self, step: int, scalars: dict, images: dict) -> None:

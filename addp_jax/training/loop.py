@@ -15,7 +15,7 @@ from addp_jax import errors, files, parameters, partition, processes, program, s
 from addp_jax.data import pipeline
 from addp_jax.ops import keys
 from addp_jax.program import TrainingProgram
-from addp_jax.training import evaluate, reports
+from addp_jax.training import evaluate, pace, reports
 from addp_jax.training.log import Log
 from addp_jax.weights import checkpoint, lock
 
@@ -66,10 +66,12 @@ def write_config(run: TrainingProgram, workdir: str) -> None:
 
 def train(config: program.Config, workdir: str) -> None:
     """Train to the end of the schedule, from the newest checkpoint in `workdir` if there is one."""
+    clock, interrupt = pace.Clock(), processes.Interrupt()
     run = program.create_training(config)
     warn_of_cpu(run)
     preflight(run, workdir)
-    with jax.set_mesh(run.mesh), processes.Interrupt() as interrupt, contextlib.ExitStack() as stack:
+    interrupt.leave()
+    with jax.set_mesh(run.mesh), contextlib.ExitStack() as stack:
         frozen = run.task.load_frozen()
         initial = run.task.load_pretrained()
         if config.init:
@@ -81,11 +83,16 @@ def train(config: program.Config, workdir: str) -> None:
         stack.enter_context(contextlib.closing(saver))
         write_config(run, workdir)
         frozen = run.place(frozen)
+        interrupt.leave()
+        clock.to("restore")
         state, start = saver.restore_latest(run.state) or (run.init(keys.of(config.seed, "parameters"), initial), 0)
-        finish(run, workdir, state, frozen, start, saver, interrupt)
+        clock.to("start")
+        interrupt.leave()
+        with interrupt:
+            finish(run, workdir, state, frozen, start, saver, interrupt, clock)
 
 
-def finish(run: TrainingProgram, workdir: str, state, frozen, start: int, saver, interrupt) -> None:
+def finish(run: TrainingProgram, workdir: str, state, frozen, start: int, saver, interrupt, clock: pace.Clock) -> None:
     """From step `start` to the end, or to a signal (`interrupt`); first the evaluation that a kill prevented."""
     config, total = run.config, run.length.total
     due = bool(start) and (start % config.eval_every == 0 or start >= total)
@@ -94,42 +101,54 @@ def finish(run: TrainingProgram, workdir: str, state, frozen, start: int, saver,
     if start >= total and not missing:
         print(f"{workdir}: already trained to step {start} of {total}")
         return
-    with Log(workdir, run, saver, start) as log, processes.noticing_losses():  # before what is outside waits for all
+    with Log(workdir, run, saver, start, clock) as log, processes.as_one():  # before what is outside waits for all
         if missing:
-            log.results(start, *evaluate.run(run, state, frozen))
-        if start < total:
+            clock.to("evaluate")
+            with interrupt.at_once():
+                log.results(start, *evaluate.run(run, state, frozen))
+        if start < total and not interrupt.cut_short:
             batches = pipeline.train_batches(
                 run.source("train"), run.task.transform("train", config.data), seed=config.seed, start_step=start,
                 batch_size=config.batch_size, rows=partition.rows(run.mesh, config.batch_size), config=config.data,
                 fields=run.task.example,
             )  # fmt: skip
             with contextlib.closing(batches):
-                state = loop(run, state, frozen, start, batches, saver, log, interrupt)
-    if interrupt.requested and int(state.step) < total:
+                state = loop(run, state, frozen, start, batches, saver, log, interrupt, clock)
+    if interrupt.requested and (interrupt.cut_short or int(state.step) < total):
         saver.wait()
         print(f"stopped by a signal at step {int(state.step)}; the same command goes on from there")
         processes.agreed(True)  # the first one may still be writing
         raise SystemExit(128 + interrupt.requested)
 
 
-def loop(run: TrainingProgram, state, frozen, start: int, batches, saver, log: Log, interrupt: processes.Interrupt):
+def loop(run: TrainingProgram, state, frozen, start: int, batches, saver, log: Log, interrupt, clock: pace.Clock):
     """The loop itself. The order matters: a checkpoint is made *before* the batch that follows it is taken, and
     a step's metrics are read only once the following ones have been dispatched, so that no device waits for it."""
     config, total = run.config, run.length.total
     on_device = pipeline.to_device(batches, partition.batch_sharding(run.mesh))
     for step in range(start, total):
+        clock.to("data")
+        batch = next(on_device)
         log.trace.before(step + 1)
-        state, metrics = run.step(state, frozen, next(on_device))
+        clock.to("train" if step > start else "compile")
+        state, metrics = run.step(state, frozen, batch)
+        clock.to("train")
         log.add(step + 1, metrics)
         done = step + 1
-        last = done == total or interrupt.after(done)
+        last = done == total or interrupt.after()
         log.trace.after(done, metrics, last)
         if last or done % config.checkpoint.every == 0:
             log.flush()  # a non-finite loss ends the run here, before it is saved
+            clock.to("save")
             saver.save(done, state)
         if done % config.eval_every == 0 or done == total:
             log.flush()
-            log.results(done, *evaluate.run(run, state, frozen))
+            clock.to("evaluate")
+            with interrupt.at_once():
+                log.results(done, *evaluate.run(run, state, frozen))
+            if interrupt.cut_short and not last:
+                saver.save(done, state)
+                break
         if last:
             break
     return state
