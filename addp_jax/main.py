@@ -145,7 +145,7 @@ def main(argv) -> None:
         from addp_jax import processes
 
         print(f"error: {processes.name()}{files.printable(flagged(str(error)), MESSAGE_LENGTH)}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.status)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)

@@ -24,7 +24,6 @@ from addp_jax import errors
 
 HEARTBEAT_SECONDS = 30  # without a sign of life from a process, the others end
 WAIT_SECONDS = 300  # for all processes to be there
-MISTAKE = 2  # exit status for what starting again cannot mend
 GRACE_SECONDS = 3.0  # in which the others may come to the same mistake by themselves, or hear of it
 FAILED, FIRST = "addp_jax/failed", "addp_jax/first_failed"  # keys of the coordination service
 LOST = re.compile("gloo|nccl|coordination service|heartbeat|socket closed|connection reset|connection closed", re.I)
@@ -81,17 +80,17 @@ def _end_with_the_others() -> None:
     client = multihost.get_jax_distributed_client()
     while True:
         try:
-            text = client.blocking_key_value_get(FIRST, 1000 * HEARTBEAT_SECONDS)
+            status, _, text = client.blocking_key_value_get(FIRST, 1000 * HEARTBEAT_SECONDS).partition(" ")
             break
         except jax.errors.JaxRuntimeError:  # none yet
             time.sleep(0.1)
     if not _all_failed(client):
-        _end(text)
+        _end(int(status), text)
 
 
-def _end(text: str) -> None:
+def _end(status: int, text: str) -> None:
     print(f"error: {text}", file=sys.stderr, flush=True)
-    os._exit(MISTAKE)  # a regular exit would wait for the others
+    os._exit(status)  # a regular exit would wait for the others
 
 
 @contextlib.contextmanager
@@ -99,7 +98,7 @@ def as_one():
     """Within it, what ends one process ends all of them, each with a line that says why.
 
     A UserError that every process comes to is raised in each. One that a single process comes to, for whatever only it
-    sees, ends all of them with status 2 and its text. So does, with status 1, an operation that fails because another
+    sees, ends all of them with its status and its text. So does, with status 1, an operation that fails because another
     process is gone.
     """
     try:
@@ -108,9 +107,9 @@ def as_one():
         if jax.distributed.is_initialized():
             client, text = multihost.get_jax_distributed_client(), f"{name()}{error}"
             client.key_value_set(f"{FAILED}/{jax.process_index()}", text, allow_overwrite=True)
-            client.key_value_set(FIRST, text, allow_overwrite=True)
+            client.key_value_set(FIRST, f"{error.status} {text}", allow_overwrite=True)
             if not _all_failed(client):
-                _end(text)
+                _end(error.status, text)
         raise
     except (ValueError, RuntimeError) as error:
         if not (jax.distributed.is_initialized() and LOST.search(str(error))):

@@ -73,7 +73,7 @@ def size(arg: str) -> str:
 def run(task: str, model, **changes) -> ConfigDict:
     """All fields of a run of `task` on ImageNet; `model`: the task's Config."""
     config = ConfigDict(modes.fields(task, model))
-    config.data.update(source="image_folder", path="data/imagenet", threads=16)
+    config.data.update(source="image_folder", path="data/imagenet", threads=16, reads=128)
     config.update(changes)
     return config
 

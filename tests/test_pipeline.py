@@ -2,6 +2,7 @@
 
 import dataclasses
 import multiprocessing
+import threading
 
 import jax
 import numpy as np
@@ -113,6 +114,24 @@ def test_threads_and_prefetch_do_not_change_the_batches(threads, prefetch):
 
 
 @pytest.mark.medium
+class Waiting(Numbers):
+    """Counts how many examples are being read."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.barrier = threading.Barrier(8, timeout=60)
+
+    def __getitem__(self, i):
+        self.barrier.wait()  # of eight reads none goes on before the others have begun
+        return super().__getitem__(i)
+
+
+def test_reads_of_a_batch_wait_together_and_do_not_change_it():
+    config = dataclasses.replace(CONFIG, reads=8, threads=1)
+    batches = pipeline.train_batches(Waiting(50), Draw(), seed=3, batch_size=8, start_step=0, config=config)
+    assert_same(take(batches, 7), train(7))
+
+
 def test_worker_processes_do_not_change_the_batches():
     config = pipeline.Config(workers=2)
     assert_same(train(7, start_step=4), train(7, start_step=4, config=config))

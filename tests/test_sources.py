@@ -1,5 +1,6 @@
 """Folders, lists, shards and TFDS as random-access sources; packing."""
 
+import errno
 import io
 import os
 import pickle
@@ -11,7 +12,7 @@ from PIL import Image
 
 from addp_jax import errors
 from addp_jax.data import pack, sources, transforms
-from addp_jax.data.sources import array_record, image_folder, meta_list, tfds
+from addp_jax.data.sources import array_record, image_folder, index, meta_list, tfds
 
 
 def jpeg(seed=0, height=12, width=16):
@@ -304,3 +305,92 @@ def test_tfds_tfrecord_is_refused_with_the_remedy(tfds_folder, tmp_path):
     with pytest.raises(errors.UserError, match="TFRECORD.*--file_format=array_record") as caught:
         tfds.Tfds("tiny_pictures", "train", str(tmp_path / "copy"))
     one_line(caught)
+
+
+# --- an index file --------------------------------------------------------------------------------
+
+
+def test_an_index_is_the_folder_without_a_look_at_it(folder, monkeypatch, capsys):
+    os.rename(folder / "train/cat/y.bmp", folder / "train/cat/\udcff y.bmp")
+    index.main(["--input", str(folder)])
+    assert "6 images, 2 classes" in capsys.readouterr().out
+    expected = {split: image_folder.ImageFolder(str(folder), split) for split in ("train", "eval")}
+    for name in ("scandir", "stat", "listdir"):
+        monkeypatch.setattr(os, name, lambda *_, **__: pytest.fail("looked at a folder"))
+    for split, source in expected.items():
+        found = index.Index(str(folder), split)
+        assert names(found) == names(source) and found.classes == source.classes and found.labelled
+        assert found.fingerprint() == source.fingerprint()
+        assert [found[i] for i in range(len(found))] == [source[i] for i in range(len(source))]
+
+
+def test_an_index_of_a_flat_folder_has_one_class(tmp_path):
+    for number in range(21):
+        write(tmp_path / f"{number}.png")
+    index.main(["--input", str(tmp_path)])
+    found = [index.Index(str(tmp_path), split) for split in ("train", "eval")]
+    assert list(map(len, found)) == [20, 1] and found[0].classes == ("all",) and not found[0].labelled
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda text: "", "line 1: "),
+        (lambda text: text.replace('"folder"', '"other"'), "line 1: "),
+        (lambda text: text.replace('"folder": "train"', '"folder": "../other"'), "line 1: '../other' leads out"),
+        (lambda text: text.replace('"cat/x.png"', '"/etc/passwd"'), "line 2: '/etc/passwd' leads out"),
+        (lambda text: text.replace('"cat/x.png"', "7"), "line 2: "),
+        (lambda text: text[: text.rindex("[")], "names 5 of 6 images"),
+    ],
+)
+def test_a_damaged_index_is_named(folder, change, message):
+    index.main(["--input", str(folder)])
+    path = folder / "index" / "train.jsonl"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(errors.UserError) as caught:
+        index.Index(str(folder))
+    assert f"config.data.path: {path}" in one_line(caught) and message in one_line(caught)
+    path.unlink()
+    with pytest.raises(errors.UserError, match=r"cannot read .*train.jsonl.*addp_jax.data.sources.index"):
+        index.Index(str(folder))
+
+
+# --- a mount that fails ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number, failures, status", [(errno.EIO, 2, None), (errno.ESTALE, 99, 75), (errno.EACCES, 99, 2)])
+def test_a_read_that_fails_for_the_moment_is_tried_again(folder, monkeypatch, number, failures, status):
+    source, original, asked = image_folder.ImageFolder(str(folder)), sources.files.read_bytes, []
+
+    def read(path):
+        asked.append(path)
+        if len(asked) <= failures:
+            raise OSError(number, os.strerror(number))
+        return original(path)
+
+    monkeypatch.setattr(sources.files, "read_bytes", read)
+    monkeypatch.setattr(sources, "WAITS", (0.0, 0.0, 0.0))
+    if status is None:
+        assert source[0]["image"] == original(source.path(0)) and len(asked) == failures + 1
+        return
+    with pytest.raises(errors.Unreadable, match="cannot read .*x.png") as caught:
+        source[0]
+    assert caught.value.status == status and len(asked) == (4 if status == 75 else 1)
+
+
+# --- shards on a disk of this host ----------------------------------------------------------------
+
+
+def test_shards_are_staged_once(folder, tmp_path, monkeypatch):
+    pack.pack(str(folder), str(tmp_path / "shards"), num_shards=2)
+    local = tmp_path / "local"
+    assert array_record.stage(str(tmp_path / "shards"), "train", str(local)) == str(local)
+    staged, remote = (array_record.ArrayRecord(str(place)) for place in (local, tmp_path / "shards"))
+    assert [staged[i] for i in range(6)] == [remote[i] for i in range(6)] and staged.fingerprint() == remote.fingerprint()
+    first = sorted(local.glob("*.array_record"))[0]
+    first.write_bytes(first.read_bytes()[:-1])  # as of a copy that was cut short
+    copied, replace = [], array_record.files.replace
+    monkeypatch.setattr(array_record.files, "replace", lambda target, fill: copied.append(target) or replace(target, fill))
+    array_record.stage(str(tmp_path / "shards"), "train", str(local))
+    assert copied == [str(first)]
+    assert first.read_bytes() == (tmp_path / "shards" / first.name).read_bytes()

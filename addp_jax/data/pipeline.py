@@ -5,7 +5,9 @@ processes, workers and threads may change between runs.
 """
 
 import collections
+import concurrent.futures
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 
 import grain
@@ -22,9 +24,12 @@ Transform = Callable[[dict, np.random.Generator], dict]
 class Config:
     """Where the examples come from and how they are read."""
 
-    source: str = schema.field("shapes", tiny="shapes")  # a file in addp_jax/data/sources
-    # Folder; array_record: or a glob of shards; tfds: its data_dir. The content matters to a run, not the place.
+    # What the examples are is told by their fingerprint; the same ones may come from another place.
+    source: str = schema.field("shapes", matters=schema.NOTHING, tiny="shapes")  # a file in addp_jax/data/sources
+    # Folder; array_record: or a glob of shards; tfds: its data_dir.
     path: str = schema.field("", matters=schema.NOTHING, tiny="")
+    # array_record: folder on a disk of this host to which the shards are copied first; "" = read where they are.
+    stage: str = schema.field("", matters=schema.NOTHING, tiny="")
     name: str = ""  # tfds: name of the data set, such as imagenet2012
     train_split: str = schema.field("train", matters=schema.NOTHING)  # sub-folder, list or tfds split
     eval_split: str = schema.field("val", matters=schema.NOTHING)
@@ -44,7 +49,9 @@ class Config:
     # File with one class name per line, in the order of the labels; "" = as the source knows them.
     class_names: str = schema.field("", matters=schema.NOTHING)
     workers: int = schema.field(0, least=0, matters=schema.NOTHING)  # processes that decode; 0 = threads only
-    threads: int = schema.field(2, least=0, matters=schema.NOTHING, tiny=1)  # that read, per process
+    threads: int = schema.field(2, least=0, matters=schema.NOTHING, tiny=1)  # that make batches, per process
+    # Examples read at a time, per process or worker: many where a read waits long, as from a bucket.
+    reads: int = schema.field(1, least=1, matters=schema.NOTHING, tiny=1)
     prefetch: int = schema.field(4, least=0, matters=schema.NOTHING)  # batches held ready
 
     def __post_init__(self):
@@ -77,7 +84,7 @@ def train_batches(
       transform: (example, rng) -> dict of arrays of fixed shapes.
       seed: of the order and the augmentation.
       batch_size: examples in a global batch.
-      config: workers, threads and prefetch are read.
+      config: workers, threads, reads, prefetch and on_unreadable are read.
       rows: those of every batch that this process reads (`partition.rows`); None = all.
       fields: of an example that a batch keeps; None = all.
     Raises UserError: fewer examples than a batch; while iterating, an image that cannot be read, with its name.
@@ -87,9 +94,8 @@ def train_batches(
             f"config.data.path: {source!r} has {len(source)} examples, fewer than config.batch_size = {batch_size}; "
             "lower config.batch_size or add images"
         )
-    source, transform = _reading(source, transform, config)
-    examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None).random_map(transform)
-    return _iterate(_Rows(examples, batch_size, rows, fields), config, start_step)
+    drawn = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None).random_map(_with_state)
+    return _iterate(_Rows(drawn, _Examples(source, transform, config), batch_size, rows, fields), config, start_step)
 
 
 def eval_batches(
@@ -101,12 +107,9 @@ def eval_batches(
     The last batch is filled up by repeating the last example, so that all batches have one shape and all processes have
     as many. Arguments, result and errors as for `train_batches`.
     """
-    count = len(source)
-    source, transform = _reading(source, transform, config)
-    padded = _Padded(source, -(-count // batch_size) * batch_size)
-    examples = grain.MapDataset.source(padded).seed(0).random_map(transform)
-    examples = examples.map_with_index(_MarkValid(count))
-    return _iterate(_Rows(examples, batch_size, rows, fields), config, 0)
+    padded = -(-len(source) // batch_size) * batch_size
+    drawn = grain.MapDataset.range(padded).seed(0).random_map(_with_state)
+    return _iterate(_Rows(drawn, _Evaluated(source, transform, config), batch_size, rows, fields), config, 0)
 
 
 def one_by_one(
@@ -124,72 +127,94 @@ def one_by_one(
             yield {name: values[0] for name, values in batch.items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Padded:
-    source: object
-    size: int
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, i: int) -> dict:
-        return self.source[min(int(i), len(self.source) - 1)]
-
-
-@dataclasses.dataclass(frozen=True)
-class _MarkValid:
-    num_examples: int
-
-    def __call__(self, index: int, example: dict) -> dict:
-        return {**example, VALID: np.bool_(index < self.num_examples and example.get(SKIPPED, NONE) == NONE)}
-
-
 VALID = "valid"  # in an example of an evaluation: False = padding, or it could not be read
 SKIPPED = "skipped"  # in an example: the position of the unreadable one that it replaces, or NONE
 NONE = np.int32(-1)
 
 
-def _reading(source, transform: Transform, config: Config):
-    """`source` and `transform`, or with on_unreadable="skip" those that replace an example that cannot be read."""
-    if config.on_unreadable == "stop":
-        return source, transform
-    return range(len(source)), _Replacing(source, transform)
+def _with_state(position: int, rng: np.random.Generator):
+    """What an example is made from: its position, and where its random numbers begin. grain lends `rng` only now."""
+    return position, (type(rng.bit_generator), rng.bit_generator.state)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Replacing:
-    """`transform` of the example at a position, or of the next readable one after it, which then says so."""
+class _Examples:
+    """Examples of a source by their position: read, then transformed.
+
+    With `config.on_unreadable="skip"` the next readable one takes the place of one that is not, and says so.
+    """
 
     source: object
     transform: Transform
+    config: Config
 
-    def __call__(self, position: int, rng: np.random.Generator) -> dict:
-        state = rng.bit_generator.state
-        for offset in range(len(self.source)):
+    def read(self, position: int) -> dict | errors.Unreadable:
+        try:
+            return self.source[position]
+        except errors.Unreadable as error:
+            return error
+
+    def example(self, position: int, found: dict | errors.Unreadable, state) -> dict:
+        """From what `read` found at `position` and a state of `_with_state`. Raises Unreadable if it is not skipped."""
+        skips, count = self.config.on_unreadable == "skip", len(self.source)
+        for offset in range(count):
+            at = (position + offset) % count
             try:
-                example = self.transform(self.source[(position + offset) % len(self.source)], rng)
+                example = self._transformed(self.read(at) if offset else found, state)
             except errors.Unreadable as error:
-                rng.bit_generator.state = state
+                if not skips:
+                    raise
                 walk.say(f"skipped: {error}")
                 continue
-            return {**example, SKIPPED: np.int32(position) if offset else NONE}
+            return {**example, SKIPPED: np.int32(position) if offset else NONE} if skips else example
         raise errors.UserError(f"config.data.path: no example of {self.source!r} can be read")
+
+    def _transformed(self, found: dict | errors.Unreadable, state) -> dict:
+        if isinstance(found, errors.Unreadable):
+            raise found
+        kind, start = state
+        generator = kind(0)
+        generator.state = start
+        return self.transform(found, np.random.Generator(generator))
+
+
+class _Evaluated(_Examples):
+    """The last example fills up; "valid" says which ones count."""
+
+    def read(self, position: int) -> dict | errors.Unreadable:
+        return super().read(min(position, len(self.source) - 1))
+
+    def example(self, position: int, found: dict | errors.Unreadable, state) -> dict:
+        example = super().example(min(position, len(self.source) - 1), found, state)
+        return {**example, VALID: np.bool_(position < len(self.source) and example.get(SKIPPED, NONE) == NONE)}
+
+
+@functools.cache
+def _readers(count: int) -> concurrent.futures.ThreadPoolExecutor:
+    """The threads of this process that read."""
+    return concurrent.futures.ThreadPoolExecutor(count, "read")
 
 
 class _Rows:
     """One process's rows of batch after batch: row r of a batch is the same example for any process count."""
 
-    def __init__(self, examples, batch_size: int, rows: np.ndarray | None, fields: Iterable[str] | None):
-        self.examples, self.batch_size = examples, batch_size
+    def __init__(self, drawn, examples: _Examples, batch_size: int, rows, fields):
+        """drawn: of `_with_state`, in the global order; the others as for `train_batches`."""
+        self.drawn, self.examples, self.batch_size = drawn, examples, batch_size
         self.rows = np.arange(batch_size) if rows is None else rows
         self.fields = None if fields is None else tuple(fields)
 
     def __len__(self) -> int:
-        return len(self.examples) // self.batch_size * len(self.rows)
+        return len(self.drawn) // self.batch_size
 
-    def __getitem__(self, i: int) -> dict:
-        batch, row = divmod(int(i), len(self.rows))
-        example = self.examples[batch * self.batch_size + int(self.rows[row])]
+    def __getitem__(self, batch: int) -> dict:
+        drawn = [self.drawn[int(batch) * self.batch_size + int(row)] for row in self.rows]
+        reads = self.examples.config.reads
+        found = (_readers(reads).map if reads > 1 else map)(self.examples.read, [position for position, _ in drawn])
+        rows = [self._kept(self.examples.example(position, one, state)) for (position, state), one in zip(drawn, found)]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _kept(self, example: dict) -> dict:
         if self.fields is None:
             return example
         if missing := [name for name in self.fields if name not in example]:
@@ -199,8 +224,8 @@ class _Rows:
 
 
 def _iterate(rows: _Rows, config: Config, start_step: int) -> "Batches":
-    # Batching before the split over workers: otherwise their number changes the batches.
-    batches = grain.MapDataset.source(rows).batch(len(rows.rows), drop_remainder=True)[start_step:]
+    # Whole batches are split over workers: otherwise their number would change the batches.
+    batches = grain.MapDataset.source(rows)[start_step:]
     prefetch = max(config.prefetch, config.threads)
     batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=prefetch))
     if config.workers:

@@ -4,10 +4,14 @@ A source file has `open_split(config, split, image_size) -> Source`, where confi
 is the file's name, and split "train" or "eval". Sources are cheap to pickle: every worker process gets a copy.
 """
 
+import errno
 import hashlib
 import importlib
+import itertools
 import os
 import pkgutil
+import time
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -15,6 +19,11 @@ import numpy as np
 from addp_jax import errors, files
 
 LARGEST_LABEL = 2**31 - 1
+WAITS = (0.5, 2.0, 8.0)  # seconds before a read is tried again
+PASSING = {  # what a mount or a network says that may be well again later
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENOTCONN, errno.ECONNRESET,
+    errno.ECONNABORTED, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+}  # fmt: skip
 
 
 @runtime_checkable
@@ -99,6 +108,16 @@ class Files(Source):
         """The file of example i."""
         return os.path.join(self.root, os.fsdecode(self._names[self._ends[i] : self._ends[i + 1]]))
 
+    def names(self) -> list[str]:
+        """The files of all examples, relative to `root`."""
+        return [os.fsdecode(self._names[start:end]) for start, end in itertools.pairwise(self._ends)]
+
+    def sizes(self) -> np.ndarray:
+        """Bytes of all files, int64 [N]."""
+        if self._sizes is None:
+            self._sizes = np.array([patiently(os.stat, self.path(i)).st_size for i in range(len(self))], np.int64)
+        return self._sizes
+
     def fingerprint(self, times: bool = False) -> str:
         """Changes when a file is added, removed, renamed, relabelled or resized; with `times`, when it is rewritten.
 
@@ -106,10 +125,7 @@ class Files(Source):
         """
         if times:
             return file_fingerprint((self.path(i) for i in range(len(self))), self.labels.tobytes())
-        sizes = self._sizes
-        if sizes is None:
-            sizes = np.array([file_status(self.path(i)).st_size for i in range(len(self))], np.int64)
-        parts = self._names, self._ends.astype(np.int64).tobytes(), sizes.tobytes(), self.labels.tobytes()
+        parts = self._names, self._ends.astype(np.int64).tobytes(), self.sizes().tobytes(), self.labels.tobytes()
         return hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
 
     def __len__(self) -> int:
@@ -117,21 +133,23 @@ class Files(Source):
 
     def __getitem__(self, i: int) -> dict:
         path = self.path(i)
-        try:
-            image = files.read_bytes(path)
-        except OSError as error:
-            raise errors.Unreadable(f"cannot read {path}: {files.reason(error)}") from error
+        image = patiently(files.read_bytes, path)
         return {"image": image, "label": self.labels[i], "index": np.int32(i), "path": path}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.root!r}, {len(self)} images)"
 
 
-def file_status(path: str) -> os.stat_result:
-    try:
-        return os.stat(path)
-    except OSError as error:
-        raise errors.Unreadable(f"cannot read {path}: {files.reason(error)}") from error
+def patiently(read: Callable, path: str):
+    """`read(path)`, tried again where a mount or a network has failed for the moment. Raises Unreadable."""
+    for wait in (*WAITS, None):
+        try:
+            return read(path)
+        except OSError as error:
+            passing = error.errno in PASSING
+            if not passing or wait is None:
+                raise errors.Unreadable(f"cannot read {path}: {files.reason(error)}", passing) from error
+        time.sleep(wait)
 
 
 def file_fingerprint(paths, more: bytes = b"", times: bool = True) -> str:
@@ -141,7 +159,7 @@ def file_fingerprint(paths, more: bytes = b"", times: bool = True) -> str:
     """
     digest = hashlib.blake2b(more, digest_size=8)
     for path in paths:
-        status = file_status(path)
+        status = patiently(os.stat, path)
         digest.update(os.fsencode(path if times else os.path.basename(path)) + f"\0{status.st_size}\0".encode())
         if times:
             digest.update(f"{status.st_mtime_ns}\0{status.st_ctime_ns}\0".encode())

@@ -1,8 +1,10 @@
 """array_record shards that `addp_jax.data.pack` wrote."""
 
+import fcntl
 import glob
 import os
 import re
+import shutil
 
 import grain
 import msgpack
@@ -13,7 +15,9 @@ from addp_jax.data import sources, walk
 
 
 def open_split(config, split: str, image_size: int) -> sources.Source:
-    return ArrayRecord(sources.require_path(config), config.train_split if split == "train" else config.eval_split)
+    name = config.train_split if split == "train" else config.eval_split
+    path = sources.require_path(config)
+    return ArrayRecord(stage(path, name, files.expand(config.stage)) if config.stage else path, name)
 
 
 class ArrayRecord(sources.Source):
@@ -91,3 +95,22 @@ def shards(path: str, split: str) -> list[str]:
         if not os.path.isfile(file):
             raise errors.UserError(f"config.data.path: {file} is not a regular file")
     return paths
+
+
+def stage(path: str, split: str, folder: str) -> str:
+    """Copies a split's shards and its list of classes to `folder`, those that are there already excepted; returns it.
+
+    Several processes of a host may do so at once. Raises UserError: no shards, or `folder` cannot be written to.
+    """
+    paths = shards(path, split)
+    files.require_writable(folder, "config.data.stage")
+    for source in [*paths, os.path.join(os.path.dirname(paths[0]), f"{split}-classes.json")]:
+        target = os.path.join(folder, os.path.basename(source))
+        problem = f"config.data.stage: cannot copy {source} to {folder}"
+        with files.explain(problem), open(f"{target}.lock", "ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.path.exists(target) and os.path.getsize(target) == os.path.getsize(source):
+                continue
+            with open(source, "rb") as file:
+                files.replace(target, lambda copy, file=file: shutil.copyfileobj(file, copy, 2**24))
+    return folder

@@ -94,10 +94,7 @@ class LabelMaps(sources.Files):
 
     def __getitem__(self, i: int) -> dict:
         path = self.label_path(i)
-        try:
-            return super().__getitem__(i) | {"label_map": files.read_bytes(path), "label_path": path}
-        except OSError as error:
-            raise errors.Unreadable(f"cannot read {path}: {files.reason(error)}") from error
+        return super().__getitem__(i) | {"label_map": sources.patiently(files.read_bytes, path), "label_path": path}
 
     def fingerprint(self, times: bool = False) -> str:
         """As `Files.fingerprint`, of images and label maps."""
