@@ -14,6 +14,7 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -38,7 +39,7 @@ RULES = {
 
 # Of a network's parameters: (regular expression for the whole path, logical axis of each dimension); the first match counts.
 Layout = tuple[tuple[str, tuple[str, ...]], ...]
-
+CHOSEN_AT_ONCE = 64  # rows, of `chosen`
 
 
 @schema.config
@@ -213,6 +214,25 @@ def whole(tree):
     """`tree` as numpy arrays, all of each on every process. All processes must ask, and for the same."""
     spread = lambda leaf: isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
     return jax.device_get(jax.jit(replicate)(tree) if any(map(spread, jax.tree.leaves(tree))) else tree)
+
+
+def chosen(array: jax.Array, rows) -> np.ndarray:
+    """The rows with these numbers of an array [B,...] of bytes, on every process. All must ask, and for the same.
+
+    No device comes to hold more than its own rows and `CHOSEN_AT_ONCE` of these.
+    """
+    if array.is_fully_addressable:
+        return np.asarray(array)[rows]
+    pieces = [rows[first : first + CHOSEN_AT_ONCE] for first in range(0, len(rows), CHOSEN_AT_ONCE)]
+    padded = [np.pad(piece, (0, CHOSEN_AT_ONCE - len(piece)), "edge") for piece in pieces]
+    return np.concatenate([jax.device_get(_chosen(array, at))[: len(piece)] for at, piece in zip(padded, pieces)])
+
+
+@jax.jit
+def _chosen(array, rows):
+    """A sum of one row and zeros: indexing would first put the whole array on every device. Bytes are exact in it."""
+    picked = jax.nn.one_hot(rows, len(array), dtype=jnp.float32)
+    return replicate(jnp.einsum("nb,b...->n...", picked, array.astype(jnp.float32)).astype(array.dtype))
 
 
 def batch_size(wanted: int, mesh: Mesh) -> int:

@@ -111,6 +111,24 @@ def test_a_mesh_axis_used_twice_is_an_error(names):
         partition.spec(*names)
 
 
+def test_chosen_rows_are_gathered_without_the_others(monkeypatch):
+    """As from several processes, which see parts of the array only."""
+    mesh = partition.make_mesh(partition.Config(data=2, fsdp=4))
+    array = np.random.default_rng(0).integers(0, 256, (128, 5, 3), np.uint8)
+    rows = [127, 3, 3, 64, 0] + list(range(70))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(array, partition.batch_sharding(mesh))
+        text = partition._chosen.lower(placed, np.zeros(partition.CHOSEN_AT_ONCE, int)).compile().as_text()
+        assert "all-reduce" in text and "all-gather" not in text
+
+        class Spread:  # an array whose rows are not all here
+            is_fully_addressable = False
+
+        monkeypatch.setattr(partition, "_chosen", lambda _, at, own=partition._chosen: own(placed, at))
+        np.testing.assert_array_equal(partition.chosen(Spread(), rows), array[rows])
+    np.testing.assert_array_equal(partition.chosen(placed, rows), array[rows])
+
+
 def test_constrain_needs_a_name_for_each_dimension():
     with pytest.raises(ValueError, match="2 axis names"):
         partition.constrain(jnp.zeros((8, 2, 2)), "batch", "length")

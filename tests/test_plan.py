@@ -77,7 +77,7 @@ def test_nothing_that_was_tried_fits(answer, capsys):
     asked = answer(NEEDS_TOO_MUCH)
     assert plan.plan(fields(), plan.Request("v5e-256", "sample")) == plan.DOES_NOT_FIT
     assert "nothing that was tried" in capsys.readouterr().out
-    assert [config["generate"]["batch_size"] for config in asked] == [64, 32, 16, 8, 4]
+    assert [config["generate"]["batch_size"] for config in asked] == [0, 2048, 1024, 512, 256]
 
 
 def test_a_memory_time_that_is_longer_than_the_bound_is_told(answer, capsys):

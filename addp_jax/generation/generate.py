@@ -18,6 +18,7 @@ from addp_jax.generation import sample_folder, starts
 
 STRIP_COLUMNS = 20  # steps shown of a film strip, spread evenly
 GIF_FRAMES = 40
+PER_DEVICE = 64  # images at a time, unless the config says how many
 EDITS = 8, 4  # own images, and results of each, in edits.png
 
 
@@ -26,7 +27,7 @@ class Config:
     """Fields of `config.generate`."""
 
     num_images: int = schema.field(64, least=1, tiny=4)  # from nothing; of user images: all
-    batch_size: int = schema.field(64, least=1, tiny=4)  # over all devices
+    batch_size: int = schema.field(0, least=0, tiny=4)  # over all devices; 0 = 64 on each
     seed: int = 0
     output: str = ""  # folder; "" = WORKDIR/generated, of a sweep WORKDIR/sweep. It goes on where it was stopped
     strips: int = schema.field(4, least=0, tiny=2)  # film strips of the denoising steps
@@ -59,6 +60,11 @@ def make_starts(program, config: Config):
     if not config.images:
         return starts.FromNothing(config)
     return starts.FromImages(config, program.task.image_size, program.task.config.tokenizer.grid)
+
+
+def batch_size(config: Config, mesh) -> int:
+    """Images that are drawn at a time."""
+    return partition.batch_size(config.batch_size or PER_DEVICE * mesh.size, mesh)
 
 
 def padded(numbers, size: int):
@@ -124,7 +130,7 @@ def draw_missing(program, config: Config, start, networks, folder) -> None:
     done, drawn = int((~missing).sum()), []
     progress = logs.Progress(len(names), done, unit="image", enabled=folder is not None)
     draw = samplers.drawing(program.task, program.mesh, start.mask_ratio, start.fewest)
-    size = partition.batch_size(config.batch_size, program.mesh)
+    size = batch_size(config, program.mesh)
     for first in range(0, len(names), size):
         numbers = np.arange(first, min(first + size, len(names)))
         if not missing[numbers].any():
@@ -145,13 +151,13 @@ def draw_missing(program, config: Config, start, networks, folder) -> None:
 
 def hand_over(folder, start, rows, batch, images) -> None:
     """Have `folder` write these rows of a batch: it encodes them while this process goes on."""
-    images = partition.whole(images)
+    images = partition.chosen(images, rows)
     if folder is None:
         return
     folder.wait(allowed=len(images))  # so memory stays bounded
-    for row in rows:
+    for row, image in zip(rows, images):
         i = int(batch["number"][row])
-        folder.write(start.name(i), functools.partial(start.finished, i, images[row], batch, row))
+        folder.write(start.name(i), functools.partial(start.finished, i, image, batch, row))
 
 
 def film_strips(program, config: Config, start, networks):
@@ -162,7 +168,8 @@ def film_strips(program, config: Config, start, networks):
         return None
     batch = start.batch(padded(numbers, partition.batch_size(len(numbers), program.mesh)))
     draw = samplers.drawing(program.task, program.mesh, start.mask_ratio, start.fewest, frames=True)
-    frames = partition.whole(draw(networks, partition.put(batch, partition.batch_sharding(program.mesh))))
+    frames = draw(networks, partition.put(batch, partition.batch_sharding(program.mesh)))
+    frames = partition.chosen(frames, np.arange(len(numbers)))
     frames = frames[:, spread(frames.shape[1], GIF_FRAMES)]
     finished = [start.finished(i, frames[row], batch, row) for row, i in enumerate(numbers)]
     return np.stack([np.stack([*start.before(batch, row), *strip]) for row, strip in enumerate(finished)])

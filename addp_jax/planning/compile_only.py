@@ -79,7 +79,7 @@ def sampling(run: program.TrainingProgram, config: dict):
     """`(sampler, its arguments, sizes)`: as --mode=generate calls it."""
     tasks.require(run.task, run.config.task, tasks.Generator)
     settings = schema.build(generate.Config, config["generate"], "config.generate")
-    size = partition.batch_size(settings.batch_size, run.mesh)
+    size = generate.batch_size(settings, run.mesh)
     batch = {"number": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=partition.batch_sharding(run.mesh))}
     frozen, params = _whole(run, run.task.load_for_sampling()), _whole(run, run.state.params)
     sizes = _sizes(params, frozen, batch) | {"batch_size": size, "optimizer_bytes": 0, "donated": 0}

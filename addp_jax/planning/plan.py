@@ -57,7 +57,7 @@ def plan(config: dict, request: Request) -> int:
         "fits": status == FITS,
         "estimate": estimate(report) if compiled else {},
         "warnings": warnings(report) if compiled else [],
-        "would_fit": what_would_fit(config, request) if status == DOES_NOT_FIT else None,
+        "would_fit": what_would_fit(config, request, report["batch_size"]) if status == DOES_NOT_FIT else None,
     }
     print(json.dumps(report) if request.json else text(report, status))
     return status
@@ -150,10 +150,13 @@ def warnings(report: dict) -> list[str]:
     return lines
 
 
-def what_would_fit(config: dict, request: Request) -> dict | None:
-    """The first of a few changes with which the program fits: `{"changes": {field: value}, "peak": bytes}`."""
+def what_would_fit(config: dict, request: Request, batch_size: int) -> dict | None:
+    """The first of a few changes with which the program fits: `{"changes": {field: value}, "peak": bytes}`.
+
+    batch_size: with which it does not.
+    """
     fields = traverse_util.flatten_dict(config, keep_empty_nodes=True, sep=".")
-    for changes in candidates(fields, request.program):
+    for changes in candidates(fields, request.program, batch_size):
         print(f"does not fit; trying {flags(changes)}", file=sys.stderr)
         changed = traverse_util.unflatten_dict(fields | changes, sep=".")
         try:
@@ -165,14 +168,13 @@ def what_would_fit(config: dict, request: Request) -> dict | None:
     return None
 
 
-def candidates(fields: dict, program: str) -> list[dict]:
+def candidates(fields: dict, program: str, batch_size: int) -> list[dict]:
     """Changes of a config, cheapest first: what the backward pass recomputes, the mesh, micro-batches.
 
     fields, and each change: {dotted path: value}.
     """
     if program == "sample":
-        size = fields["generate.batch_size"]
-        return [{"generate.batch_size": size // parts} for parts in (2, 4, 8, 16) if size >= parts]
+        return [{"generate.batch_size": batch_size // parts} for parts in (2, 4, 8, 16) if batch_size >= parts]
     stacks = [path for path in fields if path.startswith("model.net.") and path.endswith(".remat")]
     dots, full = (dict.fromkeys(stacks, policy) for policy in ("dots", "full"))
     sharded = {"mesh.data": -1, "mesh.fsdp": -16, "mesh.tensor": 1}
