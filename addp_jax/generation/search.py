@@ -45,7 +45,7 @@ def search(program, config: Config, workdir: str) -> None:
     files.require_writable(output, "config.search.output")
     task, length = program.task, program.task.config.tokenizer.length
     begin = initial(task, length)
-    total = 1 + 2 * config.rounds * sum(len(moved(begin, name)) for name in MOVES)
+    total = 1 + 2 * config.rounds * len(moves(begin))  # at most
     with jax.set_mesh(program.mesh):
         networks = program.load_for_sampling(workdir)
         log = Log(output / "search.jsonl", settings(program, config, networks), total, first)
@@ -74,26 +74,30 @@ def search(program, config: Config, workdir: str) -> None:
 
 
 def initial(task, length: int) -> dict:
-    """The values at each step that the sampler's config stands for, as fields of a config."""
+    """The values at each step that the sampler's config stands for, as fields of a config; only those that matter."""
     at = samplers.schedule(task.sampler_config, np.zeros(task.sampler_config.steps))
     parts = task.sampler.segments(task.sampler_config, length, 1.0)
     num_masked = np.concatenate([part.num_masked for _, part in parts])
     num_masked = np.pad(num_masked, (len(at.step) - len(num_masked), 0), constant_values=length)  # steps left out
     neutral = {"token_temperature": np.ones(len(at.step)), "guidance": np.zeros(len(at.step))}
-    values = {"schedule": num_masked, "temperature": at.temperature}
+    values = {"schedule": num_masked}
+    if task.sampler_config.order == "confidence":
+        values["temperature"] = at.temperature
     values |= {name: neutral[name] if getattr(at, name) is None else getattr(at, name) for name in neutral}
     values = {name: value.astype(float if value.dtype.kind == "f" else int) for name, value in values.items()}
     return {"steps": len(at.step)} | {name: np.round(value, 4).tolist() for name, value in values.items()}
 
 
-def moved(values: dict, name: str) -> range:
-    """The steps whose value is fitted: the last number of masked tokens is the sampler's own."""
-    return range(values["steps"] - (name == "schedule"))
+def moves(values: dict) -> dict[tuple[str, int], float]:
+    """The first move of each value, {(name, step): by}, but of the last number of masked tokens and the first guidance,
+    which changes nothing while all is masked."""
+    steps = lambda name: range(name == "guidance", values["steps"] - (name == "schedule"))
+    return {(name, k): by for name, by in MOVES.items() if name in values for k in steps(name)}
 
 
 def improve(values: dict, distance: Callable[[dict], float], rounds: int, length: int) -> Iterator[dict]:
     """The best values so far, whenever there are better ones, the given ones first."""
-    best, sizes = distance(values), {(name, k): step for name, step in MOVES.items() for k in moved(values, name)}
+    best, sizes = distance(values), moves(values)
     yield values
     for _ in range(rounds):
         for (name, k), size in sizes.items():

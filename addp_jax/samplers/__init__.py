@@ -143,13 +143,13 @@ def next_mask(config: Config, logits: jax.Array, token_ids: jax.Array, carry: Ca
 
 def schedule(config: Config, num_masked: np.ndarray) -> At:
     """All steps: [T,...] each. num_masked: after them."""
-    one_number = config.annealed and not isinstance(config.temperature, (str, tuple))
-    temperature = diffusion.annealing if one_number else lambda value, steps, _: diffusion.per_step(value, steps)
-    optional = lambda value, neutral: None if value == neutral else diffusion.per_step(value, config.steps)
-    return At(
-        np.arange(config.steps), num_masked, temperature(config.temperature, config.steps, True),
-        optional(config.token_temperature, 1), optional(config.guidance, 0), optional(config.remask, 0),
-    )  # fmt: skip
+    if isinstance(config.temperature, (int, float)):
+        temperature = diffusion.annealing(config.temperature, config.steps, config.annealed)
+    else:
+        temperature = diffusion.per_step(config.temperature, config.steps)
+    option = lambda value, neutral: None if value == neutral else diffusion.per_step(value, config.steps)
+    options = option(config.token_temperature, 1), option(config.guidance, 0), option(config.remask, 0)
+    return At(np.arange(config.steps), num_masked, temperature, *options)
 
 
 def draw_noise(keys: jax.Array, at_step: jax.Array, length: int, num_codes: int) -> Noise:

@@ -15,8 +15,8 @@ from addp_jax import diffusion, samplers
 from addp_jax.ops import unmasking
 from addp_jax.samplers import At, Carry, Nets, Noise
 
-ROOMS = 4
 MAX_SEGMENTS = 4  # the scan is cut where a smaller decoder capacity suffices; each cut is one more compilation
+ROOMS = 4  # so many capacities there are where the schedule is a list: most lists share a program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ def step(nets: Nets, config: Config, capacity: int, carry: Carry, at: At, noise:
     mask = samplers.next_mask(config, logits, token_ids, carry, at, noise)
 
     # tokens -> pixels: expected code where still masked, hard code elsewhere
-    if at.remask is not None:  # of what was known before the network was not trained to expect anything
+    if at.remask is not None:  # the network was not trained to predict tokens that it is told
         logits = jnp.where(carry.mask[..., None], logits, nets.prior)
     latents = diffusion.mix_latents(jax.nn.softmax(logits), token_ids, mask, nets.codebook)
     return carry._replace(image=nets.decode(latents), token_ids=token_ids, mask=mask)
@@ -59,14 +59,10 @@ def segments(config: Config, length: int, mask_ratio: float, fewest: int | None 
     after = counts if fewest is None else counts[:, fewest]  # of the image of which most is known
     known = length - np.concatenate([[start if fewest is None else fewest], after[:-1]])
     if listed:
-        known = np.minimum(-(-known // room(length)) * room(length), length)
+        room = -(-length // ROOMS)
+        known = np.minimum(-(-known // room) * room, length)
     first = int(np.sum(after == length))
     at, known = jax.tree.map(lambda entry: entry[first:], samplers.schedule(config, counts)), known[first:]
     groups = [part for part in np.array_split(np.flatnonzero(known), MAX_SEGMENTS - 1) if len(part)]
     groups = [part for part in (np.flatnonzero(known == 0),) if len(part)] + groups
     return [(int(known[part].max()), jax.tree.map(lambda entry, part=part: entry[part], at)) for part in groups]
-
-
-def room(length: int) -> int:
-    """Decoder capacities of listed schedules are multiples of it, so that most lists share a program."""
-    return max(1, length // ROOMS)
