@@ -175,7 +175,7 @@ def convert(kind, value, where: str):
         options = typing.get_args(kind)
         if value is None and types.NoneType in options:
             return None
-        options = [option for option in options if option is not types.NoneType]
+        options = tuple(option for option in options if option is not types.NoneType)
         kind = next((option for option in options if _fits(option, value)), options[0])
     if dataclasses.is_dataclass(kind):
         return value if type(value) is kind or isinstance(value, Named) else build(kind, value, where)
