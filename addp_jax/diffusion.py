@@ -138,7 +138,9 @@ SCHEDULES = {
     "linear": lambda done, count: 1.0 - done,  # as many in each step (MaskGIT's code: "uniform")
     "sqrt": lambda done, count: 1.0 - math.sqrt(done),  # many first, few at the end (MaskGIT's square root)
     "constant": lambda done, count: count**-done if done < 1 else 0.0,  # the same share of what is left, down to one
+    "arccos": lambda done, count: math.acos(done) * 2.0 / math.pi,  # Halton-MaskGIT's: most in the last step
 }
+RULES = [name for name in SCHEDULES if name != "constant"]  # those that do not count tokens, for `per_step`
 
 
 def start_num_masked(length: int, mask_ratio: float) -> int:
@@ -173,6 +175,28 @@ def annealing(temperature: float, steps: int, annealed: bool) -> np.ndarray:
     return np.float32(temperature * (1 - done) if annealed else np.full(steps, temperature))
 
 
+def per_step(value: float | str | tuple, steps: int) -> np.ndarray:
+    """What a number, a rule or a list stands for at each of the T steps, float32 `[T]`.
+
+    A rule is a text such as "linear 6 0": from the first number to the second, as that schedule of `RULES` falls; the
+    second is reached in the last step. Raises ValueError for a text that is none, and for a list of another length.
+    """
+    if isinstance(value, (int, float)):
+        return np.full(steps, value, np.float32)
+    if not isinstance(value, str):
+        if len(value) != steps:
+            raise ValueError(f"{len(value)} numbers; give {steps}, one for each step")
+        return np.array(value, np.float32)
+    try:
+        name, *ends = value.split()
+        start, end = map(float, ends)
+        left = np.array([SCHEDULES[RULES[RULES.index(name)]]((step + 1) / steps, 1) for step in range(steps)])
+    except ValueError as error:
+        advice = f'a number, one for each step, or a rule of {", ".join(RULES)} with its ends, such as "linear 2 0"'
+        raise ValueError(f"{value!r}; use {advice}") from error
+    return np.float32(end + (start - end) * left)
+
+
 def keep_nucleus(logits: jax.Array, top_p: float) -> jax.Array:
     """Set the logits outside the nucleus to -inf: tokens are kept while the mass *before* them is below top_p."""
     if top_p >= 1.0:
@@ -191,14 +215,28 @@ def keep_top(logits: jax.Array, top_k: int) -> jax.Array:
     return jnp.where(logits >= jax.lax.top_k(logits, top_k)[0][..., -1:], logits, -jnp.inf)
 
 
+def hide_lowest(scores: jax.Array, mask: jax.Array, num_masked) -> jax.Array:
+    """The mask of the `num_masked` entries with the lowest scores, by rank; those outside `mask` come last.
+
+    Args:
+      scores: `[B,L]`. mask: bool `[B,L]`.
+      num_masked: int, or `[B,1]` where each image has its own number.
+    """
+    return rank(jnp.where(mask, scores, jnp.inf)) < num_masked
+
+
 def least_confident(logits, token_ids, mask, noise, num_masked) -> jax.Array:
     """The mask of the `num_masked` least confident tokens, by rank; known tokens have infinite confidence.
 
     Args:
       logits: `[B,L,K]`; the confidence is the log probability of `token_ids` `[B,L]` plus `noise` `[B,L]`.
       mask: `[B,L]` tokens that were unknown before this step.
-      num_masked: how many stay masked, int, or `[B,1]` where each image has its own number.
+      num_masked: how many stay masked; see `hide_lowest`.
     """
+    return hide_lowest(confidence(logits, token_ids) + noise, mask, num_masked)
+
+
+def confidence(logits: jax.Array, token_ids: jax.Array) -> jax.Array:
+    """Log probability of `token_ids` `[B,L]`: float32 `[B,L]`."""
     log_probs = jax.nn.log_softmax(logits, axis=-1)
-    score = jnp.take_along_axis(log_probs, token_ids[..., None], axis=-1)[..., 0] + noise
-    return rank(jnp.where(mask, score, jnp.inf)) < num_masked
+    return jnp.take_along_axis(log_probs, token_ids[..., None], axis=-1)[..., 0]

@@ -19,7 +19,7 @@ HELP = ("--help", "-help", "-h", "--helpshort", "--helpfull", "--helpxml")
 INTERRUPTED = 130  # exit status after Ctrl-C where there is nothing to save
 LIBTPU_STACK = "fibers_default_thread_stack_size"  # bytes; on its own 64 KiB the compiler of libtpu 0.0.42 dies of fused attention
 CONVERSIONS = ("import", "export")  # modes without a config
-MODES = ["train", "evaluate", "generate", "predict", "features", "robustness", "check", "benchmark", "plan", *CONVERSIONS]  # modes.MODES and three more
+MODES = ["train", "evaluate", "generate", "search", "predict", "features", "robustness", "check", "benchmark", "plan", *CONVERSIONS]  # modes.MODES and three more
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do; configs/base.py says what every field of config.MODE means")
 WEIGHTS = flags.DEFINE_multi_string(
     "weights", [], "import: weight file; export: run folder or file with a network that --workdir lacks. May be repeated"

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from addp_jax import errors, files, program, schema, tasks
-from addp_jax.generation import generate, sweep
+from addp_jax.generation import generate, search, sweep
 from addp_jax.planning import benchmark
 from addp_jax.recognition import own, predict, robustness
 from addp_jax.training import check, evaluate, loop
 
-SECTIONS = {"generate": generate.Config, "predict": own.Config, "robustness": robustness.Config}
+SECTIONS = {"generate": generate.Config, "search": search.Config, "predict": own.Config, "robustness": robustness.Config}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,7 @@ MODES = {
     "train": Mode(loop.train, trains=True),
     "evaluate": Mode(evaluate.evaluate),
     "generate": Mode(lambda *args: (sweep.sweep if args[1].sweep else generate.generate)(*args), tasks.Generator, "generate"),
+    "search": Mode(search.search, tasks.Generator, "search"),
     "predict": Mode(predict.predict, tasks.KnowsClasses, "predict"),
     "features": Mode(predict.write_features, tasks.Recogniser, "predict"),
     "robustness": Mode(robustness.robustness, tasks.Classifier, "robustness"),

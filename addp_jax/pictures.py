@@ -106,6 +106,27 @@ def confusion(examples, hits, matrix=None):
     return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
 
 
+def schedules(begin, best, distances):
+    """A fitted schedule beside the one it began with, {name: [T]} each, and the distances by number: uint8 [H,W,3]."""
+    from matplotlib import figure
+    from matplotlib.backends import backend_agg
+
+    names = [name for name, values in begin.items() if isinstance(values, list)]
+    size = (3 * (1 + len(names)), 3)
+    canvas = backend_agg.FigureCanvasAgg(figure.Figure(figsize=size, dpi=100, layout="constrained"))
+    *panels, curve = canvas.figure.subplots(1, 1 + len(names))
+    for axes, name in zip(panels, names):
+        for values, style in ((begin[name], "C7.--"), (best[name], "C0.-")):
+            axes.plot(range(1, len(values) + 1), values, style)
+        axes.set(title=name.replace("_", " "), xlabel="step")
+    panels[0].legend(("at the start", "best"))
+    curve.plot(distances, "C7.", markersize=3)
+    curve.plot(np.minimum.accumulate(distances), "C0")
+    curve.set(title="distance", xlabel="schedules tried")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
+
+
 def _squares(axes, matrix, shares):
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     axes.set(title="true class (row) taken for (column)", xlabel="class", ylabel="class")

@@ -162,12 +162,21 @@ def check_range(value, entry: dataclasses.Field) -> None:
             raise ValueError(f"{name}: {value}; use {' and '.join(bounds)}")
 
 
+def _fits(kind, value) -> bool:
+    """Whether a value may be meant to be of a kind, of several."""
+    if kind is float:
+        return type(value) in (int, float)
+    return isinstance(value, (tuple, list)) if typing.get_origin(kind) is tuple else type(value) is kind
+
+
 def convert(kind, value, where: str):
     """One value to its declared type: nested dataclass, tuple, or a plain str, bool, int, float."""
     if isinstance(kind, types.UnionType):
-        if value is None:
+        options = typing.get_args(kind)
+        if value is None and types.NoneType in options:
             return None
-        kind = next(option for option in typing.get_args(kind) if option is not type(None))
+        options = tuple(option for option in options if option is not types.NoneType)
+        kind = next((option for option in options if _fits(option, value)), options[0])
     if dataclasses.is_dataclass(kind):
         return value if type(value) is kind or isinstance(value, Named) else build(kind, value, where)
     if typing.get_origin(kind) is tuple:

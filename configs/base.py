@@ -7,9 +7,9 @@ differs. The defaults are the published pre-training's (ADDP, ICLR 2024; its PyT
 
 import dataclasses
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
-from addp_jax import modes
+from addp_jax import modes, samplers
 from addp_jax.api import loading
 from addp_jax.codecs import vqgan
 from addp_jax.models import layers, pixel_to_token, token_predictor, vit
@@ -72,7 +72,7 @@ def size(arg: str) -> str:
 
 def run(task: str, model, **changes) -> ConfigDict:
     """All fields of a run of `task` on ImageNet; `model`: the task's Config."""
-    config = ConfigDict(modes.fields(task, model))
+    config = to_config_dict(modes.fields(task, model))
     config.data.update(source="image_folder", path="data/imagenet", threads=16, reads=128)
     config.update(changes)
     return config
@@ -91,4 +91,13 @@ def sized(config: ConfigDict, arg: str, allowed=("",)) -> ConfigDict:
     parts = arg.split(",")
     if unknown := [part for part in parts if part not in (*allowed, TINY)]:
         raise ValueError(f"config argument {unknown[0]!r}: use {', '.join(part or 'none' for part in (*allowed, TINY))}")
-    return ConfigDict(modes.tiny(config.to_dict())) if TINY in parts else config
+    return to_config_dict(modes.tiny(config.to_dict())) if TINY in parts else config
+
+
+def to_config_dict(fields: dict) -> ConfigDict:
+    """`fields` whose values keep their types, but those of the sampler that may be a number, a text or a list."""
+    config = ConfigDict(fields)
+    if "sampler" in config.model:
+        for name in samplers.PER_STEP:
+            config.model.sampler[name] = FieldReference(config.model.sampler[name], field_type=object)
+    return config

@@ -192,7 +192,7 @@ def test_grey_and_transparent_images_become_rgb(model):
         (dict(n=1, seed=2**32), "seed: 4294967296"),
         (dict(n=1, batch_size=0), "batch_size: 0"),
         (dict(n=1, top_p=0.0), "top_p: 0.0; use "),
-        (dict(n=1, temperature="hot"), "temperature: expected float, got 'hot'"),
+        (dict(n=1, temperature="hot"), "temperature: 'hot'; use a number"),
         (dict(n=1, temprature=1.0), "temprature: no such field; did you mean temperature"),
         (dict(n=1, name="other"), "name: 'other'; use alternating or token_only"),
     ],

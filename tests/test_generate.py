@@ -112,10 +112,17 @@ def test_a_sweep_is_one_sheet_with_a_row_and_a_line_for_each_setting(program, tr
     sweep.sweep(program, config, str(trained / "addp"))
     assert [tuple(entry.values())[:3] for entry in asked] == [(1, "sqrt", 6.0), (2, "sqrt", 6.0)]
     lines = [json.loads(line) for line in (tmp_path / "sweep.jsonl").read_text().splitlines()]
+    schedules = [line.pop("at each step") for line in lines]
+    assert [schedule["num_masked"] for schedule in schedules] == [[1], [5, 1]] and schedules[1]["temperature"] == [3.0, 0.0]
     assert lines == [{"steps": 1, "schedule": "sqrt", "fid_16": 1.0}, {"steps": 2, "schedule": "sqrt", "fid_16": 2.0}]
     sheet = pixels(tmp_path / "sweep.png")
     assert len(sheet) == 2 * (16 + S + 4)  # caption, images and their border
     assert program.task.sampler_config.steps == 3
+
+
+def test_a_sweep_takes_lists_and_texts():
+    found = sweep.settings("guidance=0,(0,0,1);temperature=linear 2 0;order=halton,random")
+    assert len(found) == 4 and found[2] == {"guidance": (0, 0, 1), "temperature": "linear 2 0", "order": "halton"}
 
 
 @pytest.mark.parametrize("text", ["steps", "steps=", "=8", "steps=8;steps=9", ""])

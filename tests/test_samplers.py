@@ -27,11 +27,14 @@ RUNS = {
     "one step": (alternating, alternating.Config(1), 1.0),
     "constant noise, nucleus": (alternating, alternating.Config(4, annealed=False, top_p=0.5), 1.0),
     "own image": (alternating, alternating.Config(4), 0.5),
+    "halton": (alternating, alternating.Config(6, order="halton"), 1.0),
+    "guided": (alternating, alternating.Config(6, order="random", token_temperature="cosine 2 0.5", guidance="linear 0 2"), 1.0),
     "tokens": (token_only, token_only.Config(6), 1.0),
     "tokens, linear": (token_only, token_only.Config(5, "linear"), 1.0),
     "tokens, many steps": (token_only, token_only.Config(20), 1.0),
     "tokens, one step": (token_only, token_only.Config(1), 1.0),
     "tokens, own image": (token_only, token_only.Config(4), 0.5),
+    "tokens, halton": (token_only, token_only.Config(6, order="halton", guidance=1.0), 0.5),
 }
 ALTERNATING, TOKEN_ONLY = ([name for name, run in RUNS.items() if run[0] is sampler] for sampler in (alternating, token_only))
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles in half the time

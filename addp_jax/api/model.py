@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -68,11 +69,11 @@ class Model:
         Args:
           seed: 0 to 2^32 - 1. Image i depends on the seed and on i alone.
           steps: of the sampler, at least 1; default: as the config of the run says.
-          sampler: more fields of the sampler's config, such as temperature, top_p, top_k, schedule.
+          sampler: more fields of the sampler's config, such as temperature, top_p, order, schedule_file.
         """
         config = self._sampler("sample", steps, sampler)
         numbers = np.arange(inputs.whole_number("n", n, 1), dtype=np.int32)
-        return self._over(self._drawing(config, None), {"number": numbers}, batch_size, seed_of(seed))
+        return self._over(self._draw(config, None), {"number": numbers}, batch_size, seed_of(seed))
 
     def edit(
         self, image, mask, *, n: int = 4, seed: int = 0, steps: int | None = None, feather: int = 0,
@@ -98,7 +99,7 @@ class Model:
         fewest = max(1, int(hidden.sum()) // each * each)
         image, mask = (np.stack([array] * len(numbers)) for array in (canvas, hidden))
         examples = {"number": numbers, "image": image, "mask": mask}
-        drawn = self._over(self._drawing(config, fewest), examples, batch_size, seed_of(seed))
+        drawn = self._over(self._draw(config, fewest), examples, batch_size, seed_of(seed))
         return own_images.blend(drawn, canvas, redrawn, feather) if feather else drawn
 
     def reconstruct(self, images, *, batch_size: int = 64) -> np.ndarray:
@@ -169,6 +170,11 @@ class Model:
         """See `_compile`."""
         examples = {"image": inputs.squares("images", images, self.image_size, crop_pct)}
         return self._over(self._compiled(what), examples, batch_size)
+
+    def _draw(self, config: samplers.Config, fewest: int | None):
+        """See `samplers.drawing`; a program serves all values of the fields that it takes as arrays."""
+        compiled = dataclasses.replace(config, **{name: getattr(samplers.Config(), name) for name in samplers.VALUES})
+        return functools.partial(self._drawing(compiled, fewest), config=config)
 
     def _make_drawing(self, config: samplers.Config, fewest: int | None):
         """See `samplers.drawing`; fewest: None for no edit."""

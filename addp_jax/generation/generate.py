@@ -107,17 +107,28 @@ def tell_skipped(start) -> None:
 
 def describe(program, config: Config, start, params, frozen) -> dict:
     """Everything that an image depends on besides its number: equal settings give equal images."""
+    return {"seed": config.seed} | settings(program, params, frozen) | start.settings()
+
+
+def settings(program, params, frozen) -> dict:
+    """The sampler, its schedule for images that start from nothing, the dtype and the networks, as JSON takes them."""
     sampler = dataclasses.asdict(program.task.sampler_config)
     networks = traverse_util.flatten_dict(schema.identity(program.task.config, "network"), sep=".")
     return {
         "task": program.config.task,
-        "seed": config.seed,
         "dtype": partition.compute_dtype(program.config.dtype, program.mesh).name,
         **networks,
         **{f"sampler.{name}": value for name, value in sampler.items()},
+        "at each step": at_each_step(program.task),
         **{f"weights of {name}": parameters.content_hash(tree) for name, tree in (params | frozen).items()},
-        **start.settings(),
     }
+
+
+def at_each_step(task) -> dict[str, list]:
+    """The sampler's schedule for images that start from nothing, a value for each step that is run."""
+    parts = [at for _, at in task.sampler.segments(task.sampler_config, task.config.tokenizer.length, 1.0)]
+    columns = zip(parts[0]._fields, *parts)
+    return {name: np.concatenate(values).tolist() for name, *values in columns if values[0] is not None}
 
 
 def draw_missing(program, config: Config, start, networks, folder) -> None:

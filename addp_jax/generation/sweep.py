@@ -2,7 +2,8 @@
 
     config.generate.sweep = "steps=8,20,50;temperature=1,6"
 
-draws the first images with each of the six combinations. Any fields of `config.model.sampler`.
+draws the first images with each of the six combinations. Any fields of `config.model.sampler`, also lists as values:
+"guidance=0,(0,0,1,2)".
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def settings(text: str) -> list[dict]:
         if not (name and equals and values) or name in fields:
             advice = f'{part.strip()!r} is not understood; write "steps=8,20;temperature=1,6"'
             raise errors.UserError(f"config.generate.sweep: {advice}")
-        fields[name] = [literal(value.strip()) for value in values.split(",")]
+        lists = literal(f"[{values}]")  # of numbers, of lists of numbers
+        fields[name] = lists if isinstance(lists, list) else [literal(value.strip()) for value in values.split(",")]
     return [dict(zip(fields, values)) for values in itertools.product(*fields.values())]
 
 
@@ -71,7 +73,7 @@ def sweep(program, config: generate.Config, workdir: str) -> None:
             caption = [f"{name} {value}" for name, value in changes.items()]
             caption += [f"{name} {value:.2f}" for name, value in list(measures.items())[:1]]  # the Frechet distance
             rows.append((", ".join(caption), pictures.grid(images[shown], COLUMNS)))
-            lines.append(json.dumps(changes | measures) + "\n")
+            lines.append(json.dumps(changes | measures | {"at each step": generate.at_each_step(task)}) + "\n")
             progress.update(len(rows))
     progress.close()
     if first:

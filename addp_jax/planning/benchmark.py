@@ -154,7 +154,7 @@ def sampling(run: program.TrainingProgram, frozen, batch_size: int) -> list[Row]
             nets = task.nets(params, frozen)
             noise = samplers.draw_noise(keys, at.step[0], length, nets.codebook.shape[0])
             tokens, unknown = jnp.zeros((batch_size, length), jnp.int32), jnp.ones((batch_size, length), bool)
-            carry = samplers.Carry(images, tokens, unknown)
+            nets, carry = samplers.prepared(nets, samplers.Carry(images, tokens, unknown), at)
             return task.sampler.step(nets, task.sampler_config, static, carry, jax.tree.map(lambda a: a[0], at), noise)
 
         for name, row in networks(step, mesh, params, frozen, keys, images).items():

@@ -84,7 +84,7 @@ def sampling(run: program.TrainingProgram, config: dict):
     frozen, params = _whole(run, run.task.load_for_sampling()), _whole(run, run.state.params)
     sizes = _sizes(params, frozen, batch) | {"batch_size": size, "optimizer_bytes": 0, "donated": 0}
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=partition.replicated(run.mesh))
-    return samplers.drawing(run.task, run.mesh), ((params, frozen, key), batch), sizes
+    return jax.jit(samplers.drawing(run.task, run.mesh)), ((params, frozen, key), batch), sizes
 
 
 PROGRAMS = {"train": training, "sample": sampling}

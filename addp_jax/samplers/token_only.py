@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from addp_jax import diffusion, samplers
-from addp_jax.samplers import Carry, Nets, Noise
+from addp_jax.ops import unmasking
+from addp_jax.samplers import At, Carry, Nets, Noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,23 +19,13 @@ class Config(samplers.Config):
     name: str = "token_only"
 
 
-class At(NamedTuple):
-    """The schedule at one step."""
-
-    step: np.ndarray  # 0..T-1
-    num_masked: np.ndarray  # after the step; 0 after the last; see samplers.sample
-    temperature: np.ndarray
-
-
 def step(nets: Nets, config: Config, last: bool, carry: Carry, at: At, noise: Noise) -> Carry:
-    """Predict all unknown tokens, keep the most confident. Pixels are decoded once, in the last step."""
-    logits = nets.predict(carry.image, carry.token_ids, carry.mask, 0)
-    drawn = jnp.argmax(samplers.allowed(logits, config) + noise.tokens, axis=-1)
-    token_ids = jnp.where(carry.mask, drawn, carry.token_ids)
-    confidence_noise = at.temperature * noise.confidence
-    mask = diffusion.least_confident(logits, token_ids, carry.mask, confidence_noise, at.num_masked)
+    """Predict all unknown tokens, keep the first of the order. Pixels are decoded once, in the last step."""
+    logits = samplers.guided(nets, nets.predict(carry.image, carry.token_ids, carry.mask, 0), at)
+    token_ids = samplers.draw_tokens(config, logits, carry, at, noise)
+    mask = samplers.next_mask(config, logits, token_ids, carry, at, noise)
     image = nets.decode(nets.codebook[token_ids]) if last else carry.image
-    return Carry(image, token_ids, mask)
+    return carry._replace(image=image, token_ids=token_ids, mask=mask)
 
 
 def num_masked_after(config: Config, num_masked: int) -> np.ndarray:
@@ -50,10 +40,14 @@ def num_masked_after(config: Config, num_masked: int) -> np.ndarray:
 
 def segments(config: Config, length: int, mask_ratio: float, fewest: int | None = None) -> list[tuple[bool, At]]:
     """All steps but the last, then the last: `[(False, At), (True, At)]`. `mask_ratio`, `fewest`: see `samplers.sample`."""
-    if fewest is None:
-        after = num_masked_after(config, diffusion.start_num_masked(length, mask_ratio))
+    start = diffusion.start_num_masked(length, mask_ratio)
+    if isinstance(config.schedule, tuple):
+        after = unmasking.listed_num_masked(config.schedule, length, start if fewest is None else np.arange(length + 1))
+        after[-1] = 0
+    elif fewest is None:
+        after = num_masked_after(config, start)
     else:
         after = np.stack([num_masked_after(config, unknown) for unknown in range(length + 1)], axis=1)
-    at = At(np.arange(config.steps), after, diffusion.annealing(config.temperature, config.steps, config.annealed))
-    parts = [(False, At(*(entry[:-1] for entry in at))), (True, At(*(entry[-1:] for entry in at)))]
+    at = samplers.schedule(config, after)
+    parts = [(last, jax.tree.map(lambda entry: entry[part], at)) for last, part in ((False, slice(-1)), (True, slice(-1, None)))]
     return [(last, part) for last, part in parts if len(part.step)]

@@ -48,7 +48,7 @@ class Task(tasks.Generator, tasks.Recogniser):
         self.net = pixel_to_token.PixelToToken(config.net, dtype)
         self.predictor = token_predictor.TokenPredictor(config.predictor, dtype)
         self.tokenizer = codecs.create(config.tokenizer, dtype)
-        self.sampler, self.sampler_config = schema.module_of(config.sampler), config.sampler
+        self.sampler, self.sampler_config = samplers.chosen(config.sampler)
         # Made here so that the second evaluation compiles nothing.
         self._values = jax.jit(functools.partial(self._per_example, train=False))
         self._samples = samplers.unconditional(self, config.num_samples)

@@ -49,7 +49,7 @@ class Task(tasks.Generator):
         self.image_size = config.tokenizer.image_size
         self.net = token_predictor.TokenPredictor(config.net, dtype)
         self.tokenizer = codecs.create(config.tokenizer, dtype)
-        self.sampler, self.sampler_config = schema.module_of(config.sampler), config.sampler
+        self.sampler, self.sampler_config = samplers.chosen(config.sampler)
         # Made here so that the second evaluation compiles nothing.
         self._values = jax.jit(functools.partial(self._per_example, train=False))
         self._samples = samplers.unconditional(self, config.num_samples)
