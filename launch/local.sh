@@ -27,6 +27,10 @@ python=${PYTHON:-$root/.venv/bin/python}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
 GRACE=45 # seconds that the others have after one has failed; jax ends them after 30
 
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$(dirname "$workdir")/xla_cache}
+# With GPUs here, a jax that cannot use them is an error.
+if nvidia-smi >/dev/null 2>&1; then export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}; fi
+
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 pids=()
 trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM

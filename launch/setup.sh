@@ -63,6 +63,10 @@ enter_venv() {
     fi
     # shellcheck disable=SC1091
     . "$VENV/bin/activate"
+    case $accelerator in # one that does not work is then an error: no run on the CPU instead
+        cuda*) export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu} ;;
+        tpu) export JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu} ;;
+    esac
     export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/xla}
 }
 

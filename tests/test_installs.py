@@ -4,8 +4,11 @@ import configparser
 import dataclasses
 import gzip
 import json
+import os
 import re
 import runpy
+import subprocess
+import sys
 import types
 
 import jax
@@ -15,6 +18,7 @@ import pytest
 import setuptools
 
 from addp_jax import errors, parameters, program
+from addp_jax.planning import plan
 from addp_jax.training import loop, reports
 from addp_jax.weights import checkpoint
 
@@ -148,6 +152,36 @@ def test_each_accelerator_has_the_extra_of_jax(extras):
     }  # fmt: skip
     assert set(extras["test"]) < set(extras["ci"])
     assert [entry for entry in extras["ci"] if entry.startswith("torch==")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra, needed", [
+    ("cuda12", ["nvidia-cudnn-cu12", "nvidia-nccl-cu12", "nvidia-cublas-cu12"]), ("cuda13", ["nvidia-cudnn-cu13", "nvidia-nccl-cu13", "nvidia-cublas"]), ("tpu", ["libtpu"]),
+])  # fmt: skip
+def test_an_extra_brings_all_that_its_accelerator_needs(extra, needed, extras):
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-", *extras[extra], "jax>=0.10,<0.12"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"the package index does not answer: {done.stderr.strip()[-200:]}")
+    assert set(needed) <= {entry["metadata"]["name"].lower() for entry in json.loads(done.stdout)["install"]}
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("chip, variable, mine", [
+    ("v5e", "LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=1"), ("v5p", "LIBTPU_INIT_ARGS", ""), ("v6e", "LIBTPU_INIT_ARGS", ""), ("h100", "XLA_FLAGS", ""),
+])  # fmt: skip
+def test_the_compilers_know_the_flags_of_a_chip(chip, variable, mine):
+    """One that they do not know ends the process."""
+    if chip == "h100":
+        program = "import jax; jax.devices()"  # every build of XLA knows the flags of all
+    else:
+        pytest.importorskip("libtpu", reason="needs pip install '.[plan]'")
+        program = "from addp_jax.planning import topologies as t; t.describe(t.parse('v5e:2x2'))"
+    environment = os.environ | plan.TPU_ENVIRONMENT | {variable: mine}
+    shell = f". launch/flags/{chip}.env; printf '%s' \"${variable}\"; exec {sys.executable} -c \"{program}\""
+    done = subprocess.run(["bash", "-c", shell], cwd=programs.ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert done.stdout.startswith("--xla_") and done.stdout.endswith(f" {mine}")  # the last one wins
 
 
 def test_the_files_that_mypy_reads_are_there():

