@@ -34,7 +34,7 @@ LAYERS = (
 )
 # Library -> where alone it may be imported.
 HOMES = {
-    "orbax": ("addp_jax/weights/checkpoint.py",),
+    "orbax": ("addp_jax/weights/checkpoint.py", "addp_jax/processes.py"),
     "grain": ("addp_jax/data/",),
     "tensorflow_datasets": ("addp_jax/data/",),
     "array_record": ("addp_jax/data/",),

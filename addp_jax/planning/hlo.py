@@ -89,7 +89,8 @@ def collectives(text: str) -> dict[str, Collective]:
     for instruction, times, _ in runs(text):
         kind = instruction.opcode.removesuffix("-start")
         channel = re.search(r"channel_id=(\d+)", instruction.rest)
-        key = channel[1] if channel else instruction.name
+        shared = channel and instruction.name not in inside  # in those fusions, all have channel 1
+        key = channel[1] if shared else instruction.name
         if kind not in COLLECTIVES or key in seen:
             continue
         seen.add(key)
