@@ -34,7 +34,7 @@ class Tools:
 
     def call(self, script: str, *arguments, cwd=None, **environment):
         process = self.start(script, *arguments, cwd=cwd, **environment)
-        output, problems = process.communicate(timeout=60)
+        output, problems = process.communicate(timeout=300)
         return process.returncode, output, problems
 
     @property

@@ -413,4 +413,4 @@ def test_the_job_set_restarts_all_hosts_but_not_after_a_mistake_in_the_flags(too
     assert done.returncode == 0, done.stderr
     *arguments, platforms, cache, flags = done.stdout.splitlines()
     assert arguments == ["-u", "-m", "addp_jax.main", "--distributed", f"--config={RUN[0]}", "--workdir=/runs/my run", "--config.seed=1", "--x=(*)", "--mode=train"]
-    assert (platforms, cache) == ("tpu,cpu", "/runs/xla_cache") and "scoped_vmem_limit_kib=98304" in flags
+    assert (platforms, cache) == ("tpu,cpu", "/runs/xla_cache") and "scoped_vmem_limit_kib=65536" in flags

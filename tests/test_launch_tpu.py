@@ -155,7 +155,7 @@ def test_a_state_has_a_time_limit_but_for_the_queue(pod):
 def test_a_launcher_that_dies_is_started_again_and_finds_its_run(number, pod):
     tools = pod("wait 7", "READY")
     launcher = tools.launch("--delete", POLL="1")
-    wait_for(lambda: tools.starts("pod-1"))
+    wait_for(lambda: tools.starts("pod-0") and tools.starts("pod-1"))
     launcher.send_signal(number)
     launcher.communicate(timeout=30)
     again = tools.launch("--delete", POLL="1")
