@@ -1,4 +1,4 @@
-"""Demo: name every pixel of generated pictures of 128 pixels, several shapes in each. Not yet run to its end.
+"""Demo: name every pixel of generated pictures of 128 pixels, several shapes in each. It does not get far: docs/benchmarks.md.
 
 `--config.model.encoder_weights=` (empty) trains the same network from scratch.
 
