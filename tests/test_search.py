@@ -110,3 +110,10 @@ def test_a_search_needs_a_network_that_compares(program, tmp_path):
     config = dataclasses.replace(program.config, evaluate=dataclasses.replace(program.config.evaluate, features=""))
     with pytest.raises(errors.UserError, match="config.evaluate.features: is empty"):
         search.search(dataclasses.replace(program, config=config), search.Config(output=str(tmp_path)), "")
+
+
+@pytest.mark.parametrize("text", ['[]\n{"distance": 1}\n', '{}\n{"other": 1}\n', '{}\n{"distance": "far"}\n', '{}\n[1]\n', "{\n{}\n"])
+def test_a_damaged_log_is_named(tmp_path, text):
+    (tmp_path / "search.jsonl").write_text(text)
+    with pytest.raises(errors.UserError, match="search.jsonl cannot be read.*config.search.output"):
+        search.Log(tmp_path / "search.jsonl", {}, 10, True)

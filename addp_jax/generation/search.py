@@ -170,9 +170,12 @@ class Log:
 
     def _read(self, settings: dict) -> list[dict]:
         advice = "give another config.search.output, or delete that file"
-        with files.explain(f"{self._path} cannot be read", OSError, ValueError, advice=f"; {advice}"):
+        torn = OSError, ValueError, TypeError, KeyError, AttributeError
+        with files.explain(f"{self._path} cannot be read", *torn, advice=f"; {advice}"):
             head, *lines = map(json.loads, files.read_lines(self._path)[:-1])
-        if other := [name for name in head | settings if head.get(name) != settings.get(name)]:
+            other = [name for name in head | settings if head.get(name) != settings.get(name)]
+            lines = [line | {"distance": float(line["distance"])} for line in lines]
+        if other:
             raise errors.UserError(f"{self._path} is of a search with other settings ({', '.join(other)}): {advice}")
         return lines
 
