@@ -67,6 +67,21 @@ def test_tiny_run_resumes_bit_exactly_and_evaluates(name, trained, tmp_path):
     evaluate.evaluate(program.create_training(config, num_train=config.batch_size), interrupted)
 
 
+def test_a_checkpoint_is_due_by_the_clock_where_the_log_is(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    config = programs.config("demo_classification", log_every=5, checkpoint__every_minutes=0.5)
+    due = lambda step: loop.overdue(config, step, saved=1000.0)
+    assert not due(5)
+    now[0] += 31
+    assert due(5) and due(10) and not due(7)
+    monkeypatch.setattr(processes, "largest", lambda value: max(value, 0))
+    assert not loop.overdue(programs.config("demo_classification", log_every=5), 5, 0.0)  # 0 = never
+    now[0] = 1000.0
+    monkeypatch.setattr(processes, "largest", lambda value: 1)  # another process's clock says so
+    assert due(5)
+
+
 def stop_after(config, workdir, steps):
     """Train as far as `steps`, as if SIGTERM had come then."""
     original, done = log.Log.add, []

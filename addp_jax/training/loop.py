@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 import sys
+import time
 
 import jax
 
@@ -124,7 +125,7 @@ def finish(run: TrainingProgram, workdir: str, state, frozen, start: int, saver,
 def loop(run: TrainingProgram, state, frozen, start: int, batches, saver, log: Log, interrupt, clock: pace.Clock):
     """The loop itself. The order matters: a checkpoint is made *before* the batch that follows it is taken, and
     a step's metrics are read only once the following ones have been dispatched, so that no device waits for it."""
-    config, total = run.config, run.length.total
+    config, total, saved = run.config, run.length.total, time.monotonic()
     on_device = pipeline.to_device(batches, partition.batch_sharding(run.mesh))
     for step in range(start, total):
         clock.to("data")
@@ -137,10 +138,11 @@ def loop(run: TrainingProgram, state, frozen, start: int, batches, saver, log: L
         done = step + 1
         last = done == total or interrupt.after()
         log.trace.after(done, metrics, last)
-        if last or done % config.checkpoint.every == 0:
+        if last or done % config.checkpoint.every == 0 or overdue(config, done, saved):
             log.flush()  # a non-finite loss ends the run here, before it is saved
             clock.to("save")
             saver.save(done, state)
+            saved = time.monotonic()
         if done % config.eval_every == 0 or done == total:
             log.flush()
             clock.to("evaluate")
@@ -152,6 +154,14 @@ def loop(run: TrainingProgram, state, frozen, start: int, batches, saver, log: L
         if last:
             break
     return state
+
+
+def overdue(config: program.Config, step: int, saved: float) -> bool:
+    """Whether it is time for a checkpoint by the clock of any process. saved: when the last one was made."""
+    minutes = config.checkpoint.every_minutes
+    if not minutes or step % config.log_every:
+        return False
+    return bool(processes.largest(int(time.monotonic() - saved > 60 * minutes)))
 
 
 def identity(program: program.Program, frozen, initial) -> dict:

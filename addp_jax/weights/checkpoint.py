@@ -46,6 +46,8 @@ class Config:
     """When, and how many."""
 
     every: int = schema.field(1000, least=1, tiny=2)  # optimizer steps between checkpoints
+    # Also when so many minutes have passed since the last one, which is looked at every `log_every` steps; 0 = not.
+    every_minutes: float = schema.field(0.0, least=0)
     keep: int = schema.field(2, least=1)  # newest checkpoints kept
     keep_every: int = schema.field(0, least=0)  # additionally keep each multiple of this for ever; 0 = none
 
