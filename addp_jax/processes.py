@@ -149,6 +149,16 @@ def gathered(values: dict) -> dict:
     return merged
 
 
+def tell(key: str, text: str) -> None:
+    """Leave `text` for the other processes. Of these two, unlike of the others, a thread may make use: no device takes part."""
+    multihost.get_jax_distributed_client().key_value_set(f"addp_jax/{key}", text)
+
+
+def told(key: str) -> str:
+    """What a process has left by `tell`, once it has. Raises JaxRuntimeError after `WAIT_SECONDS` in vain."""
+    return multihost.get_jax_distributed_client().blocking_key_value_get(f"addp_jax/{key}", 1000 * WAIT_SECONDS)
+
+
 class Interrupt:
     """Asks the training loop to save and stop when SIGTERM or Ctrl-C comes, instead of killing the process.
 

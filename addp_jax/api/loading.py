@@ -12,7 +12,7 @@ from flax import traverse_util
 
 from addp_jax import errors, files, partition, program, schema, tasks, weights
 from addp_jax.api.model import Model
-from addp_jax.weights import checkpoint, dense, layouts, weight_files
+from addp_jax.weights import buckets, checkpoint, dense, layouts, weight_files
 
 DTYPES = ("", "auto", "float32", "bfloat16")
 # Of the published networks.
@@ -33,7 +33,7 @@ def load(path: str, size: str, dtype: str, given: Mapping[str, str]) -> Model:
         raise ValueError(f"size: {size!r}; use {' or '.join(SIZES)}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r}; use float32 or bfloat16")
-    path = files.expand(path)
+    path = buckets.fetched(files.expand(path))
     if not os.path.exists(path):
         raise errors.UserError(f"nothing at {path}: give the work directory of a run or a weight file")
     # Where the user has set a folder for compiled programs, JAX keeps all of them, short ones too.

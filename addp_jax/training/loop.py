@@ -20,6 +20,7 @@ from addp_jax.training.log import Log
 from addp_jax.weights import checkpoint, lock
 
 SMALLEST_SHARE = 0.5  # of a checkpoint's bytes that it takes on the disk, compressed, at the very least
+HASHING_SECONDS = 5.0  # for hashing the last checkpoint after a signal; without hashes it counts too
 LARGE = 50_000_000  # parameters that nobody trains on a CPU on purpose
 
 
@@ -115,7 +116,7 @@ def finish(run: TrainingProgram, workdir: str, state, frozen, start: int, saver,
             with contextlib.closing(batches):
                 state = loop(run, state, frozen, start, batches, saver, log, interrupt, clock)
     if interrupt.requested and (interrupt.cut_short or int(state.step) < total):
-        saver.wait()
+        saver.wait(hashing=HASHING_SECONDS)
         print(f"stopped by a signal at step {int(state.step)}; the same command goes on from there")
         processes.agreed(True)  # the first one may still be writing
         raise SystemExit(128 + interrupt.requested)
