@@ -25,6 +25,10 @@ class Server(http.server.ThreadingHTTPServer):
         }  # fmt: skip
 
 
+    def handle_error(self, *_):
+        """A client that is killed, or has heard enough, is none."""
+
+
 @contextlib.contextmanager
 def running():
     with Server() as server:
