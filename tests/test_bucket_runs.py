@@ -84,7 +84,7 @@ def test_a_run_in_a_bucket_that_is_killed_ends_as_one_on_a_disk(server, tmp_path
 
 
 PROCESS = """
-import contextlib, sys
+import contextlib, os, sys
 import jax, numpy as np
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 from addp_jax import partition, processes
@@ -93,7 +93,7 @@ from addp_jax.weights import checkpoint, mirror
 url, port, number, count, last = sys.argv[1], *map(int, sys.argv[2:])
 if count > 1:
     processes.start(f"127.0.0.1:{port}", count, number, interruptible=False)
-mesh = partition.create_mesh(partition.Config())
+mesh = partition.make_mesh(partition.Config())
 sharding = partition.batch_sharding(mesh)
 array = lambda seed: jax.make_array_from_callback((8, 4), sharding, lambda at: np.random.default_rng(seed).random((8, 4), np.float32)[at])
 shapes = {"params": {"split": jax.ShapeDtypeStruct((8, 4), np.float32, sharding=sharding)}}
@@ -104,7 +104,11 @@ with mirror.opened(url, trains=True) as folder, contextlib.closing(checkpoint.Ch
             np.testing.assert_array_equal(shard.data, np.random.default_rng(step).random((8, 4), np.float32)[shard.index])
     for new in range(step + 1, last + 1):
         saver.save(new, {"params": {"split": array(new)}})
-print("from", step, file=sys.stderr)
+processes.agreed(True)  # the first one may still be writing
+print("from", step, file=sys.stderr, flush=True)
+if count > 1:
+    jax.distributed.shutdown()
+os._exit(0)  # a thread waits for mistakes of the others
 """
 
 

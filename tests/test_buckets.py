@@ -234,7 +234,7 @@ def test_a_store_that_fails_for_a_while_is_tried_again_and_at_the_end_is_an_erro
     monkeypatch.setattr(mirror, "PUSH_SECONDS", 0.01)
     failed = threading.Event()
 
-    def failing(*_):
+    def failing(*_, **options):
         failed.set()
         raise OSError("out of order")
 
