@@ -145,8 +145,10 @@ class Checkpointer:
             keep = ocp.checkpoint_managers.AnyPreservationPolicy(policies)
             options = ocp.CheckpointManagerOptions(preservation_policy=keep, cleanup_tmp_directories=True)
             handlers = None
-            if self._mirror:  # each process has its own folder; without OCDBT they write files of different names
+            if self._mirror:  # each process has its own folder, and without OCDBT writes files of names of its own
                 own = options.multiprocessing_options = ocp.options.MultiprocessingOptions(primary_host=None)
+                writer = ocp.type_handlers.ArrayHandler(primary_host=None, replica_id=0)
+                ocp.type_handlers.register_type_handler(jax.Array, writer, override=True)
                 handlers = {"state": ocp.StandardCheckpointHandler(multiprocessing_options=own, use_ocdbt=False)}
             self._manager = ocp.CheckpointManager(self._root, options=options, item_handlers=handlers)
         return self._manager
