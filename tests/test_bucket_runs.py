@@ -131,7 +131,7 @@ def test_several_processes_save_what_each_has(tmp_path):
     assert all("from 0" in text for text in run_processes(url, 2, last=2))
     files = buckets.Bucket(f"{url}/checkpoints").sizes()
     assert buckets.committed(files) == [2, 1]
-    assert {"2/state/array_metadatas/process_0", "2/state/array_metadatas/process_1"} <= files.keys()
+    assert {f"2/state/params.split/{device}.0" for device in range(4)} <= files.keys()
     assert all("from 2" in text for text in run_processes(url, 2, last=3))
     assert all("from 3" in text for text in run_processes(url, 1, last=4))
     assert all("from 4" in text for text in run_processes(url, 2, last=4))
