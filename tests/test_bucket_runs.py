@@ -19,14 +19,14 @@ from addp_jax.weights import buckets, checkpoint
 pytest.importorskip("gcsfs")
 pytestmark = pytest.mark.medium
 
-STEPS, KILLS, PATIENCE = 60, 3, 180.0
-LATENCY = 0.02  # seconds a request
+STEPS, KILLS, PATIENCE = 24, 2, 180.0
+LATENCY = 0.01  # seconds a request
 
 
 def arguments(workdir):
     return (
         test_main.TINY, f"--workdir={workdir}", f"--config.steps={STEPS}", "--config.checkpoint.every=3",
-        "--config.eval_every=30", "--config.optim.ema_decay=0.9", "--config.data.threads=2",
+        "--config.eval_every=12", "--config.optim.ema_decay=0.9", "--config.data.threads=2",
     )  # fmt: skip
 
 

@@ -145,7 +145,7 @@ class Checkpointer:
             keep = ocp.checkpoint_managers.AnyPreservationPolicy(policies)
             options = ocp.CheckpointManagerOptions(preservation_policy=keep, cleanup_tmp_directories=True)
             handlers = None
-            if self._mirror:  # each process has its own folder, and without OCDBT writes files of names of its own
+            if self._mirror and jax.process_count() > 1:  # in folders of their own; without OCDBT, files of other names
                 own = options.multiprocessing_options = ocp.options.MultiprocessingOptions(primary_host=None)
                 writer = ocp.type_handlers.ArrayHandler(primary_host=None, replica_id=0)
                 ocp.type_handlers.register_type_handler(jax.Array, writer, override=True)
