@@ -68,9 +68,8 @@ class Checkpointer:
         files.require_writable(self._root, "workdir")
         steps = [self._root / str(step) for step in _steps(self._root)]
         provenance.require(self._root, steps, self._identity, self._writes)
-        self._leaving = threading.Event()
         self._manager = self._pending = None  # _pending: the save under way, (future, step)
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pool, self._leaving = concurrent.futures.ThreadPoolExecutor(1, "checkpoint"), threading.Event()
         self._orbax()
 
     def restore_latest(self, abstract_state):
