@@ -1,5 +1,6 @@
 """Runs whose work directory is in a bucket: killed and resumed, read by other modes, saved by two processes."""
 
+import importlib.util
 import json
 import os
 import socket
@@ -16,8 +17,10 @@ import test_main
 
 from addp_jax.weights import buckets, checkpoint
 
-pytest.importorskip("gcsfs")
-pytestmark = pytest.mark.medium
+pytestmark = [
+    pytest.mark.medium,
+    pytest.mark.skipif(not importlib.util.find_spec("gcsfs"), reason="needs the extra gs"),
+]
 
 STEPS, KILLS, PATIENCE = 24, 2, 180.0
 LATENCY = 0.01  # seconds a request

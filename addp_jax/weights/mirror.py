@@ -2,7 +2,7 @@
 
     at the start       the newest undamaged checkpoint, the log and the config come from the bucket
     every minute       what was written meanwhile goes there, the log whole: a bucket's files cannot be appended to
-    at a checkpoint    its files go there, then its manifest, see `buckets`; older ones are removed
+    at a checkpoint    its files and the log go there, then its manifest, see `buckets`; older ones are removed
     at the end         whatever is left goes there, and the folder is removed
 
 Each process of several has a folder of its own, and uploads what it wrote of a checkpoint; all else the first one does.
@@ -62,6 +62,7 @@ class Mirror(os.PathLike):
     def __init__(self, bucket: buckets.Bucket, room: pathlib.Path, held: bucket_lock.Held | None = None):
         name = bucket.url.split("://")[1]
         self._folder, self._held, self._pushed = room / name.strip("/"), held, {}
+        self._pushing = threading.Lock()
         self._bucket, self._checkpoints = bucket, buckets.Bucket(f"{bucket.url}/{buckets.CHECKPOINTS}")
         (self._folder / buckets.CHECKPOINTS).mkdir(parents=True)
 
@@ -80,6 +81,10 @@ class Mirror(os.PathLike):
 
     def push(self) -> None:
         """Uploads the files written since the last time, but for checkpoints."""
+        with self._pushing:
+            self._push()
+
+    def _push(self) -> None:
         written = self._written()
         changed = [name for name, state in written.items() if self._pushed.get(name) != state]
         with tempfile.TemporaryDirectory(prefix="addp_jax-") as room:  # the log grows while it is read
@@ -127,6 +132,7 @@ class Mirror(os.PathLike):
         stored = self._checkpoints.sizes(str(step))
         if wrong := [name for name, (size, _) in entries.items() if stored.get(f"{step}/{name}") != size]:
             raise errors.UserError(f"{self._checkpoints.url}/{step}/{wrong[0]} did not arrive whole")
+        self.push()  # the log up to this step
         self._checkpoints.write(f"{step}/{manifest.NAME}", manifest.text(entries).encode())
         self._remove_old(step, keep, keep_every)
 
