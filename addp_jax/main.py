@@ -88,12 +88,13 @@ def require_config_file(argv) -> None:
 
 
 def convert() -> None:
-    from addp_jax.weights import convert
+    from addp_jax.weights import buckets, convert, mirror
 
     paths, workdir = [files.expand(path) for path in WEIGHTS.value], files.expand(WORKDIR.value or "")
     if MODE.value == "import":
-        return convert.import_weights(paths, workdir)
-    return convert.export_weights(workdir, paths, files.expand(OUTPUT.value or ""), LAYOUT.value, EMA.value, FORCE.value)
+        with mirror.opened(workdir, trains=True) as folder:
+            return convert.import_weights(paths, folder)
+    return convert.export_weights(buckets.fetched(workdir), paths, files.expand(OUTPUT.value or ""), LAYOUT.value, EMA.value, FORCE.value)
 
 
 def plan_run() -> None:

@@ -11,6 +11,7 @@ from addp_jax.generation import generate, search, sweep
 from addp_jax.planning import benchmark
 from addp_jax.recognition import own, predict, robustness
 from addp_jax.training import check, evaluate, loop
+from addp_jax.weights import mirror
 
 SECTIONS = {"generate": generate.Config, "search": search.Config, "predict": own.Config, "robustness": robustness.Config}
 
@@ -23,14 +24,18 @@ class Mode:
     ability: type = tasks.Task  # the protocol of the tasks that it works with
     section: str = ""  # of SECTIONS: the config's group of fields that it reads
     workdir: bool = True
+    resumes: tuple[str, ...] = ()  # folders of the work directory that it goes on with
     trains: bool = False  # `run` gets the run's Config instead of a Program
 
 
 MODES = {
     "train": Mode(loop.train, trains=True),
     "evaluate": Mode(evaluate.evaluate),
-    "generate": Mode(lambda *args: (sweep.sweep if args[1].sweep else generate.generate)(*args), tasks.Generator, "generate"),
-    "search": Mode(search.search, tasks.Generator, "search"),
+    "generate": Mode(
+        lambda *args: (sweep.sweep if args[1].sweep else generate.generate)(*args), tasks.Generator, "generate",
+        resumes=("generated", "sweep"),
+    ),  # fmt: skip
+    "search": Mode(search.search, tasks.Generator, "search", resumes=("search",)),
     "predict": Mode(predict.predict, tasks.KnowsClasses, "predict"),
     "features": Mode(predict.write_features, tasks.Recogniser, "predict"),
     "robustness": Mode(robustness.robustness, tasks.Classifier, "robustness"),
@@ -67,4 +72,7 @@ def run(name: str, own: program.Config, sections: Mapping[str, Any], workdir: st
     if isinstance(subject, program.Program):
         tasks.require(subject.task, own.task, mode.ability)
     settings = [sections[mode.section]] if mode.section else []
-    return mode.run(subject, *settings, *[files.expand(workdir)] * mode.workdir)
+    if not mode.workdir:
+        return mode.run(subject, *settings)
+    with mirror.opened(files.expand(workdir), mode.trains, mode.resumes) as folder:
+        return mode.run(subject, *settings, folder)

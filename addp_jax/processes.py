@@ -6,6 +6,7 @@ order; that the first one alone writes and prints is the only difference between
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -24,6 +25,7 @@ from addp_jax import errors
 
 HEARTBEAT_SECONDS = 30  # without a sign of life from a process, the others end
 WAIT_SECONDS = 300  # for all processes to be there
+WATCH_SECONDS = 1.0  # between looks for a mistake of another process
 GRACE_SECONDS = 3.0  # in which the others may come to the same mistake by themselves, or hear of it
 FAILED, FIRST = "addp_jax/failed", "addp_jax/first_failed"  # keys of the coordination service
 LOST = re.compile("gloo|nccl|coordination service|heartbeat|socket closed|connection reset|connection closed", re.I)
@@ -50,7 +52,10 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     except (ValueError, RuntimeError) as error:
         advice = "give coordinator=HOST:PORT num_processes=N process_id=I" if coordinator is None else "see --help"
         raise errors.UserError(f"distributed: {str(error).splitlines()[0]}; {advice}") from error
-    threading.Thread(target=_end_with_the_others, daemon=True).start()
+    ending = threading.Event()
+    watch = threading.Thread(target=_end_with_the_others, args=(ending,), daemon=True)
+    watch.start()
+    atexit.register(lambda: (ending.set(), watch.join()))  # a thread inside jax must not meet the end of Python
     if jax.process_index():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     print(
@@ -75,17 +80,15 @@ def _all_failed(client) -> bool:
     return False
 
 
-def _end_with_the_others() -> None:
+def _end_with_the_others(ending: threading.Event) -> None:
     """Ends this process once another one has come to a mistake; this one may wait for it in the middle of an operation."""
     client = multihost.get_jax_distributed_client()
-    while True:
-        try:
-            status, _, text = client.blocking_key_value_get(FIRST, 1000 * HEARTBEAT_SECONDS).partition(" ")
-            break
-        except jax.errors.JaxRuntimeError:  # none yet
-            time.sleep(0.1)
-    if not _all_failed(client):
-        _end(int(status), text)
+    while not ending.wait(WATCH_SECONDS):
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # none yet
+            status, _, text = client.key_value_try_get(FIRST).partition(" ")
+            if not _all_failed(client):
+                _end(int(status), text)
+            return
 
 
 def _end(status: int, text: str) -> None:
@@ -146,6 +149,16 @@ def gathered(values: dict) -> dict:
     for row in multihost_utils.process_allgather(padded):
         merged |= json.loads(row.tobytes())
     return merged
+
+
+def tell(key: str, text: str) -> None:
+    """Leave `text` for the other processes. Of these two, unlike of the others, a thread may make use: no device takes part."""
+    multihost.get_jax_distributed_client().key_value_set(f"addp_jax/{key}", text)
+
+
+def told(key: str) -> str:
+    """What a process has left by `tell`, once it has. Raises JaxRuntimeError after `WAIT_SECONDS` in vain."""
+    return multihost.get_jax_distributed_client().blocking_key_value_get(f"addp_jax/{key}", 1000 * WAIT_SECONDS)
 
 
 class Interrupt:

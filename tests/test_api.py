@@ -20,7 +20,7 @@ from addp_jax.api import loading
 from addp_jax.data import transforms
 from addp_jax.generation import generate, own_images
 from addp_jax.training import loop
-from addp_jax.weights import checkpoint, convert
+from addp_jax.weights import buckets, convert
 
 S = 16
 
@@ -415,7 +415,7 @@ def test_published_sizes(exported, size, width, depth):
 
 def test_a_run_without_a_config_is_exported_without_one(trained, tmp_path):
     run = copied(trained, tmp_path, "tokenizer")
-    (run / checkpoint.CONFIG_NAME).unlink()
+    (run / buckets.CONFIG).unlink()
     convert.export_weights(str(run), [], str(tmp_path / "t.safetensors"), "vqgan", True, False)
     with pytest.raises(errors.UserError, match="holds no config"):
         addp_jax.load(tmp_path / "t.safetensors")

@@ -567,9 +567,9 @@ except errors.UserError as error:
 
 def test_small_files_that_tell_of_large_arrays_are_refused(tmp_path, monkeypatch):
     write_run(tmp_path, [7])
-    monkeypatch.setattr(checkpoint, "EXPANSION", 0)
+    monkeypatch.setattr(manifest, "EXPANSION", 0)
     assert checkpoint.load_params(tmp_path, ema=True)[1]["step"] == 7  # arrays of zeros need no files
-    monkeypatch.setattr(checkpoint, "ZEROS", 100)
+    monkeypatch.setattr(manifest, "ZEROS", 100)
     with pytest.raises(errors.UserError, match="cannot be used: its metadata tell of .* bytes of arrays in .* bytes of files"):
         checkpoint.load_params(tmp_path, ema=True)
 
@@ -653,7 +653,7 @@ def test_differences_name_fields_and_shorten_lists():
 def test_hashing_does_not_hold_up_the_loop(tmp_path, monkeypatch):
     hashing, write = [], manifest.write_manifest
 
-    def slow(folder):
+    def slow(folder, stop):
         hashing.append("begun")
         time.sleep(0.5)
         write(folder)

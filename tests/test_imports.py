@@ -35,6 +35,7 @@ LAYERS = (
 # Library -> where alone it may be imported.
 HOMES = {
     "orbax": ("addp_jax/weights/checkpoint.py", "addp_jax/processes.py"),
+    "fsspec": ("addp_jax/weights/buckets.py",),
     "grain": ("addp_jax/data/",),
     "tensorflow_datasets": ("addp_jax/data/",),
     "array_record": ("addp_jax/data/",),

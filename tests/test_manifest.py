@@ -90,3 +90,11 @@ def test_sizes_are_compared_before_anything_is_hashed(folder, monkeypatch):
 def test_a_huge_manifest_is_not_read(folder):
     os.truncate(folder / manifest.NAME, 2**40)
     assert "larger than 64 MiB" in manifest.inspect(folder)
+
+
+def test_a_process_in_a_hurry_leaves_no_manifest(folder):
+    os.remove(folder / manifest.NAME)
+    manifest.write_manifest(folder, stop=lambda: True)
+    assert not manifest.exists(folder)
+    manifest.write_manifest(folder, stop=lambda: False)
+    assert manifest.exists(folder) and not manifest.inspect(folder)

@@ -12,7 +12,7 @@ from flax import traverse_util
 
 from addp_jax import errors, files, partition, program, schema, tasks, weights
 from addp_jax.api.model import Model
-from addp_jax.weights import checkpoint, dense, layouts, weight_files
+from addp_jax.weights import buckets, dense, layouts, weight_files
 
 DTYPES = ("", "auto", "float32", "bfloat16")
 # Of the published networks.
@@ -33,7 +33,7 @@ def load(path: str, size: str, dtype: str, given: Mapping[str, str]) -> Model:
         raise ValueError(f"size: {size!r}; use {' or '.join(SIZES)}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r}; use float32 or bfloat16")
-    path = files.expand(path)
+    path = buckets.fetched(files.expand(path))
     if not os.path.exists(path):
         raise errors.UserError(f"nothing at {path}: give the work directory of a run or a weight file")
     # Where the user has set a folder for compiled programs, JAX keeps all of them, short ones too.
@@ -54,11 +54,11 @@ def load(path: str, size: str, dtype: str, given: Mapping[str, str]) -> Model:
 
 def of_run(workdir: str) -> program.Config:
     """The config that training wrote. Raises UserError naming the file if there is none that can be read."""
-    path = os.path.join(workdir, checkpoint.CONFIG_NAME)
+    path = os.path.join(workdir, buckets.CONFIG)
     if not os.path.exists(path):
         why = "it is no run, is imported (then give size=), or was trained before runs kept their config"
         advice = "of a run, the command that trained it writes the file if it is run once more"
-        raise errors.UserError(f"{workdir} has no {checkpoint.CONFIG_NAME}: {why}; {advice}")
+        raise errors.UserError(f"{workdir} has no {buckets.CONFIG}: {why}; {advice}")
     with files.explain(f"cannot use {path}", OSError, ValueError, errors.UserError):
         return schema.build(program.Config, files.read_json(path))
 

@@ -18,9 +18,10 @@ from addp_jax.ops import keys
 from addp_jax.program import TrainingProgram
 from addp_jax.training import evaluate, pace, reports
 from addp_jax.training.log import Log
-from addp_jax.weights import checkpoint, lock
+from addp_jax.weights import buckets, checkpoint, lock
 
 SMALLEST_SHARE = 0.5  # of a checkpoint's bytes that it takes on the disk, compressed, at the very least
+HASHING_SECONDS = 5.0  # for hashing the last checkpoint after a signal; without hashes it counts too
 LARGE = 50_000_000  # parameters that nobody trains on a CPU on purpose
 
 
@@ -62,7 +63,7 @@ def write_config(run: TrainingProgram, workdir: str) -> None:
         return
     fields = schema.fields(dataclasses.replace(run.config, model=run.task.config))
     with files.explain(f"workdir: cannot write to {workdir}"):
-        files.write_text(f"{workdir}/{checkpoint.CONFIG_NAME}", json.dumps(fields, indent=1) + "\n")
+        files.write_text(f"{workdir}/{buckets.CONFIG}", json.dumps(fields, indent=1) + "\n")
 
 
 def train(config: program.Config, workdir: str) -> None:
@@ -116,7 +117,7 @@ def finish(run: TrainingProgram, workdir: str, state, frozen, start: int, saver,
             with contextlib.closing(batches):
                 state = loop(run, state, frozen, start, batches, saver, log, interrupt, clock)
     if interrupt.requested and (interrupt.cut_short or int(state.step) < total):
-        saver.wait()
+        saver.wait(hashing=HASHING_SECONDS)
         print(f"stopped by a signal at step {int(state.step)}; the same command goes on from there")
         processes.agreed(True)  # the first one may still be writing
         raise SystemExit(128 + interrupt.requested)

@@ -9,7 +9,7 @@ import numpy as np
 from flax import traverse_util
 
 from addp_jax import errors, parameters, schema
-from addp_jax.weights import checkpoint, dense, layouts, provenance
+from addp_jax.weights import buckets, checkpoint, dense, layouts, provenance
 
 RANDOM = "random"  # instead of a path: freshly initialised weights, for benchmarks and memory checks only
 SHAPES = "shapes"  # instead of a path: shapes without values, for plans
@@ -39,6 +39,7 @@ def load(path: str, network: str, init, config, field: str, tokenizer: dict | No
     hint = f"{TRAIN_FIRST[network]} and give its work directory, or give a weight file"
     if not path:
         raise errors.UserError(f"{field} is empty: this run needs a trained {network}; {hint}")
+    path = buckets.fetched(path, f"{field}: ")
     if not os.path.exists(path):
         raise errors.UserError(f"{field}: nothing at {path}; {hint}")
     params, identity = read_with_identity(path, (network,), f"{field}: ")
@@ -80,6 +81,7 @@ def read(path: str, wanted=None, field: str = "") -> dict[str, dict]:
 
 def read_with_identity(path: str, wanted=None, field: str = "") -> tuple[dict[str, dict], dict]:
     """As `read`, and the record that a run keeps of itself; {} for a weight file."""
+    path = buckets.fetched(path, field)
     if not os.path.exists(path):
         raise errors.UserError(f"{field}nothing at {path}")
     try:

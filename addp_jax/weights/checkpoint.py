@@ -17,7 +17,6 @@ sound and that cannot be used all the same is a UserError that names its folder.
 
 import concurrent.futures
 import contextlib
-import errno
 import itertools
 import json
 import math
@@ -26,17 +25,16 @@ import pathlib
 import re
 import shutil
 import sys
+import threading
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 from addp_jax import errors, files, parameters, processes, schema
-from addp_jax.weights import lock, manifest, provenance, quiet
+from addp_jax.weights import lock, manifest, mirror, provenance, quiet
 
-CONFIG_NAME = "config.json"
 STEP = re.compile("0|[1-9][0-9]*")  # how a step's folder is named
-EXPANSION, ZEROS = 4096, 2**28  # a step's files may claim so many times their size, and so many bytes of zeros
 
 quiet.install()
 
@@ -46,8 +44,7 @@ class Config:
     """When, and how many."""
 
     every: int = schema.field(1000, least=1, tiny=2)  # optimizer steps between checkpoints
-    # Also when so many minutes have passed since the last one, which is looked at every `log_every` steps; 0 = not.
-    every_minutes: float = schema.field(0.0, least=0)
+    every_minutes: float = schema.field(0.0, least=0)  # the same by the clock, asked every `log_every`; 0 = not
     keep: int = schema.field(2, least=1)  # newest checkpoints kept
     keep_every: int = schema.field(0, least=0)  # additionally keep each multiple of this for ever; 0 = none
 
@@ -59,17 +56,20 @@ class Checkpointer:
     """
 
     def __init__(self, workdir, config, identity):
-        """identity: JSON-able dict, the fields that decide the numbers and hashes of frozen weights.
+        """workdir: a folder, or the `mirror` of one in a bucket, where each process has a folder of its own.
+        identity: JSON-able dict, the fields that decide the numbers and hashes of frozen weights.
 
         Raises UserError if `workdir` cannot be written to, or holds checkpoints of another identity.
         """
         self._root = pathlib.Path(lock.folder(workdir)) / "checkpoints"
+        self._mirror = workdir if isinstance(workdir, mirror.Mirror) else None
+        self._writes = self._mirror is not None or jax.process_index() == 0  # to its folder
         self._config, self._identity = config, json.dumps(identity, indent=1)
         files.require_writable(self._root, "workdir")
         steps = [self._root / str(step) for step in _steps(self._root)]
-        provenance.require(self._root, steps, self._identity)
+        provenance.require(self._root, steps, self._identity, self._writes)
         self._manager = self._pending = None  # _pending: the save under way, (future, step)
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pool, self._leaving = concurrent.futures.ThreadPoolExecutor(1, "checkpoint"), threading.Event()
         self._orbax()
 
     def restore_latest(self, abstract_state):
@@ -106,12 +106,17 @@ class Checkpointer:
             self._fail(step, error)
         self._pending = self._pool.submit(self._commit, step), step
 
-    def wait(self):
-        """Blocks until the save under way is committed and hashed; raises UserError as `save` does."""
+    def wait(self, hashing=None):
+        """Blocks until the save under way is committed and hashed; raises UserError as `save` does.
+
+        hashing: seconds after which an unfinished manifest is given up, as by a process that has been told to end.
+        """
         if self._pending is None:
             return
         (future, step), self._pending = self._pending, None
         try:
+            if concurrent.futures.wait([future], hashing).not_done:
+                self._leaving.set()
             future.result()
         except Exception as error:
             self._fail(step, error)
@@ -133,21 +138,30 @@ class Checkpointer:
     def _orbax(self):
         """The manager, made anew after a failed save; that also removes what a killed save left."""
         if self._manager is None:
-            policies = [ocp.checkpoint_managers.LatestN(self._config.keep)]
-            if self._config.keep_every:
+            policies = [ocp.checkpoint_managers.LatestN(1 if self._mirror else self._config.keep)]
+            if self._config.keep_every and not self._mirror:
                 policies.append(ocp.checkpoint_managers.EveryNSteps(self._config.keep_every))
             keep = ocp.checkpoint_managers.AnyPreservationPolicy(policies)
             options = ocp.CheckpointManagerOptions(preservation_policy=keep, cleanup_tmp_directories=True)
-            self._manager = ocp.CheckpointManager(self._root, options=options)
+            handlers = None
+            if self._mirror and jax.process_count() > 1:  # in folders of their own; without OCDBT, files of other names
+                own = options.multiprocessing_options = ocp.options.MultiprocessingOptions(primary_host=None)
+                writer = ocp.type_handlers.ArrayHandler(primary_host=None, replica_id=0)
+                ocp.type_handlers.register_type_handler(jax.Array, writer, override=True)
+                handlers = {"state": ocp.StandardCheckpointHandler(multiprocessing_options=own, use_ocdbt=False)}
+            self._manager = ocp.CheckpointManager(self._root, options=options, item_handlers=handlers)
         return self._manager
 
     def _commit(self, step):
-        """Runs in the background: waits for orbax's rename (older steps go after it), then hashes."""
+        """Runs in the background: waits for orbax's rename (older steps go after it), then hashes, or uploads."""
         self._orbax().wait_until_finished()
-        if jax.process_index() == 0:
-            folder = self._root / str(step)
+        folder = self._root / str(step)
+        if self._writes:
             files.write_text(folder / provenance.NAME, self._identity)
-            manifest.write_manifest(folder)
+        if self._mirror:
+            self._mirror.push_step(step, self._config.keep, self._config.keep_every)
+        elif self._writes:
+            manifest.write_manifest(folder, self._leaving.is_set)
 
     def _fail(self, step, error):
         """Drops the manager, which would raise the same error again, and says what is left."""
@@ -155,13 +169,9 @@ class Checkpointer:
         for finish in (manager.wait_until_finished, manager.close):
             with contextlib.suppress(Exception):
                 finish()
-        text = str(error)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            text = "No space left on device"
-        full = re.search("No space left on device|Disk quota exceeded", text)  # from OSError and tensorstore
-        if not full and not isinstance(error, OSError) and "os_error_code" not in text:
+        cause = files.cause_of_failed_write(error)
+        if not cause:
             raise error
-        cause = "no space left on" if full else f"cannot write ({files.reason(error)}) to"
         newest = max(_steps(self._root), default=None)
         last = "there is no good checkpoint" if newest is None else f"the last good checkpoint is step {newest}"
         raise errors.UserError(f"checkpoint {step}: {cause} {self._root}; {last}") from error
@@ -169,7 +179,7 @@ class Checkpointer:
     def _restore(self, step, abstract_state):
         """(state, "") or (None, what is damaged); every process gives the same answer."""
         folder = self._root / str(step)
-        state, problem = None, _inspect(folder) if jax.process_index() == 0 else ""
+        state, problem = None, manifest.inspect(folder, "state") if jax.process_index() == 0 else ""
         if processes.agreed(not problem):
             state, problem = _attempt(folder, lambda: self._read(folder, abstract_state))
             if processes.agreed(not problem):
@@ -212,7 +222,7 @@ def load_params(path, *, ema):
     if not folders:
         raise errors.UserError(f"no checkpoint in {path}: give a workdir or a <workdir>/checkpoints/<step>")
     for folder in folders:
-        problem = _inspect(folder)
+        problem = manifest.inspect(folder, "state")
         if not problem:
             result, problem = _attempt(folder, lambda: _read_params(folder, ema))
         if not problem:
@@ -252,23 +262,13 @@ def _steps(root):
     return sorted((int(entry.name) for entry in entries if STEP.fullmatch(entry.name)), reverse=True)
 
 
-def _inspect(folder):
-    """What is wrong with a step's files, in a few words; "" if they agree with the manifest or have none."""
-    state = folder / "state"
-    if not state.is_dir() and not state.is_symlink():
-        return "folder state is missing"
-    return manifest.inspect(folder)
-
-
 def _metadata(reader, folder):
     """The tree of a step's arrays, without their values. Raises ValueError if they cannot be of this size."""
     metadata = reader.metadata(folder / "state").item_metadata
     if not isinstance(tree := getattr(metadata, "tree", None), dict):
         raise ValueError("its metadata cannot be read")
     claimed = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
-    stored = sum(manifest.sizes(folder).values())
-    if claimed > EXPANSION * stored + ZEROS:
-        raise ValueError(f"its metadata tell of {claimed} bytes of arrays in {stored} bytes of files")
+    manifest.require_plausible(folder, claimed)
     return tree
 
 

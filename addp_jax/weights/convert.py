@@ -8,7 +8,7 @@ import os
 import jax
 
 from addp_jax import errors, files, parameters, partition, weights
-from addp_jax.weights import checkpoint, dense, layouts, weight_files
+from addp_jax.weights import buckets, checkpoint, dense, layouts, weight_files
 
 OPTIONAL = {"mage": {"tokenizer"}}  # networks that a layout may lack
 
@@ -68,7 +68,7 @@ def export_weights(workdir: str, paths: list[str], output: str, layout: str, ema
 
 def config_text(workdir: str) -> str:
     """The task and the model's fields of the run in `workdir` as JSON, for `addp_jax.load`; "" if there is none."""
-    path = os.path.join(workdir, checkpoint.CONFIG_NAME)
+    path = os.path.join(workdir, buckets.CONFIG)
     if not os.path.exists(path):
         print(f"{path} is missing: the file will hold no config, so that its sizes must be given where it is loaded")
         return ""

@@ -9,6 +9,7 @@ import numpy as np
 
 from addp_jax import errors, parameters, weights
 from addp_jax.models import beit, vit, vitdet
+from addp_jax.weights import buckets
 
 HOLDERS = ("pixel_to_token", "classifier", "vit")  # networks with such an encoder
 OPTIONAL = ("input_norm/", "final_norm/", "class_token")  # left behind where the network has none
@@ -40,6 +41,7 @@ def load(path: str, init, config: vit.Config | vitdet.Config | beit.Config, fiel
         return jax.eval_shape(init, jax.random.key(0))
     if path == weights.RANDOM:
         return jax.tree.map(np.asarray, jax.jit(init)(jax.random.key(0)))
+    path = buckets.fetched(path, f"{field}: ")
     if not os.path.exists(path):
         hint = f"{weights.TRAIN_FIRST['pixel_to_token']} and give its work directory, or give a weight file"
         raise errors.UserError(f"{field}: nothing at {path!r}; {hint}")

@@ -11,7 +11,7 @@ import numpy as np
 
 from addp_jax import errors, parameters, partition, schema
 from addp_jax.models import convnet, inception, pixel_to_token
-from addp_jax.weights import checkpoint, torch_nets, weight_files
+from addp_jax.weights import buckets, checkpoint, torch_nets, weight_files
 
 INCEPTION = "inception"
 KNOWN = ("fc.weight", "features.0.weight", "lin0.model.1.weight")  # a tensor of Inception, VGG16 and LPIPS each
@@ -59,7 +59,7 @@ def load(features: str, weights: str, mesh, field: str, weights_field: str) -> F
         params = read_weights(weights, torch_nets.inception_params, weights_field, "pt_inception-2015-12-05-6726825d")
         apply = lambda params, image: inception.Inception().apply({"params": params}, image)
         return FeatureNet(INCEPTION, params, apply, 0, mesh)
-    params, info = checkpoint.load_params(features, ema=True)
+    params, info = checkpoint.load_params(buckets.fetched(features, f"{field}: "), ema=True)
     if "model" not in info["identity"] or not {"convnet", "pixel_to_token"} & params.keys():
         lacking = "is a training run of neither convnet nor addp"
         raise errors.UserError(f"{field}={features} {lacking}; give one, or {INCEPTION}")
@@ -82,7 +82,7 @@ def read_weights(path: str, convert: Callable, field: str, what: str):
     if not path:
         raise errors.UserError(f"{field} is empty: give {what}, a .pth or .safetensors file")
     try:
-        tensors = weight_files.read(path)
+        tensors = weight_files.read(buckets.fetched(path))
         return convert(weight_files.without_prefix(tensors, lambda names: any(name in KNOWN for name in names)))
     except errors.UserError as error:
         raise errors.UserError(f"{field}: {error}; give {what}") from error

@@ -57,7 +57,7 @@ def hold(workdir: str | os.PathLike, name: str = "workdir") -> Iterator[None]:
             held = _Held(pathlib.Path(folder(workdir, name)), name)
         except errors.UserError as error:
             problem = str(error)
-    if problem := _from_first(problem):
+    if problem := line_from_first(problem):
         raise errors.UserError(problem)
     try:
         yield
@@ -69,7 +69,7 @@ def hold(workdir: str | os.PathLike, name: str = "workdir") -> Iterator[None]:
 def folder(workdir: str | os.PathLike, name: str = "workdir") -> str:
     """The absolute path of a work directory. Raises UserError for a URL, which is no folder."""
     if "://" in os.fspath(workdir):
-        raise errors.UserError(f"{name} {workdir} is a URL: mount the bucket and give a folder")
+        raise errors.UserError(f"{name} {workdir} is a URL: give a folder")
     return os.path.abspath(files.expand(os.fspath(workdir)))
 
 
@@ -115,14 +115,14 @@ def _acquire(path: pathlib.Path) -> tuple[int, str | None]:
                 _close(descriptor)
                 continue
             record = None if new and not busy else _named(path, descriptor)
-            if not busy and not (record and _alive(record, _age(path, descriptor))):
+            if not busy and not (record and alive(record, _age(path, descriptor))):
                 _write(descriptor)
                 return descriptor, None
         except BaseException:
             _close(descriptor)
             raise
         _close(descriptor)
-        return -1, _description(record)
+        return -1, description(record)
 
 
 def _open(path: pathlib.Path) -> tuple[int, bool]:
@@ -188,23 +188,33 @@ def _named(path: pathlib.Path, descriptor: int) -> dict | None:
 
 
 def _read(descriptor: int) -> dict | None:
+    return parsed(os.pread(descriptor, LONGEST, 0))
+
+
+def parsed(data: bytes) -> dict | None:
+    """The `own_record` of a process in these bytes; None if there is none."""
     try:
-        record = json.loads(os.pread(descriptor, LONGEST, 0))
+        record = json.loads(data)
         kinds = {name: type(record[name]) for name in KINDS}
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return record if kinds == KINDS and record["pid"] > 0 else None
 
 
-def _write(descriptor: int) -> None:
+def own_record() -> dict:
+    """Who this process is."""
     pid, since = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S %Z").strip()
-    record = {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "start": _start(pid) or "", "since": since}
+    return {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "start": _start(pid) or "", "since": since}
+
+
+def _write(descriptor: int) -> None:
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(record).encode(), 0)
+    os.pwrite(descriptor, json.dumps(own_record()).encode(), 0)
     os.fsync(descriptor)
 
 
-def _alive(record: dict, age: float) -> bool:
+def alive(record: dict, age: float) -> bool:
+    """Whether its process still is. age: seconds since it last gave a sign, which count on other hosts."""
     if record["host"] != socket.gethostname():
         return age <= STALE_SECONDS
     return record["boot"] == _boot() and record["start"] == _start(record["pid"])
@@ -235,14 +245,15 @@ def _start(pid: int) -> str | None:
     return None if state in "ZX" else fields[18]  # Z, X: it has ended
 
 
-def _description(record: dict | None) -> str:
+def description(record: dict | None) -> str:
+    """Who it is, to follow a sentence."""
     if record is None:
         return ""
     host, since = (files.printable(record[name], 64) for name in ("host", "since"))
     return f" (process {record['pid']} on {host} since {since})"
 
 
-def _from_first(line: str) -> str:
+def line_from_first(line: str) -> str:
     """The first process's line, in every process."""
     array = np.zeros(LONGEST, np.uint8)
     data = line.encode("utf-8", "backslashreplace")[:LONGEST]

@@ -14,29 +14,49 @@ import json
 import os
 import pathlib
 import stat
+from collections.abc import Callable, Iterable
 
 from addp_jax import files
 
 NAME = "blake2.json"
 LARGEST = 2**26  # bytes of a manifest or another small file that are read at most
 CHUNK = 2**20
+EXPANSION, ZEROS = 4096, 2**28  # files may claim so many times their size, and so many bytes of zeros
 
 
-def write_manifest(folder: str | os.PathLike) -> None:
-    """Puts the files of `folder` on the disk and writes the manifest after them. Raises OSError."""
+def write_manifest(folder: str | os.PathLike, stop: Callable[[], bool] = bool) -> None:
+    """Puts the files of `folder` on the disk, then writes the manifest; gives up if `stop()`. Raises OSError."""
     folder = pathlib.Path(folder)
     names = sizes(folder)
     names.pop(NAME, None)
-    entries = {name: [size, _hash(folder / name, size, sync=True)] for name, size in sorted(names.items())}
+    listing = entries(folder, sorted(names), sync=True, stop=stop)
+    if stop():
+        return
     for inner in sorted({parent for name in names for parent in pathlib.PurePosixPath(name).parents}):
         files.sync_folder(folder / inner)
-    files.write_text(folder / NAME, json.dumps(entries, indent=0))
+    files.write_text(folder / NAME, text(listing))
     files.sync_folder(folder.parent)
 
 
-def inspect(folder: str | os.PathLike) -> str:
-    """What is wrong with the files of `folder`, in a few words; "" if they are sound or have no manifest."""
+def entries(folder: str | os.PathLike, names: Iterable[str], sync=False, stop: Callable[[], bool] = bool) -> dict:
+    """`{name: [bytes, hash]}` of files below `folder`, which `sync` puts on the disk. Raises OSError."""
+    found = sizes(folder)
+    return {name: [found[name], _hash(pathlib.Path(folder, name), found[name], sync, stop)] for name in names}
+
+
+def text(entries: dict[str, list]) -> str:
+    """The manifest with these entries."""
+    return json.dumps(entries, indent=0)
+
+
+def inspect(folder: str | os.PathLike, inner: str = "") -> str:
+    """What is wrong with the files of `folder`, in a few words; "" if they are sound or have no manifest.
+
+    inner: a folder within it that must be there.
+    """
     folder = pathlib.Path(folder)
+    if not (folder / inner).is_dir() and not (folder / inner).is_symlink():
+        return f"folder {inner} is missing"
     try:
         stored, entries = sizes(folder), _read(folder)
         if entries is None:
@@ -104,6 +124,13 @@ def sizes(folder: str | os.PathLike) -> dict[str, int]:
     return result
 
 
+def require_plausible(folder: str | os.PathLike, claimed: int) -> None:
+    """Raises ValueError if the arrays in the files of `folder` cannot have the `claimed` bytes."""
+    stored = sum(sizes(folder).values())
+    if claimed > EXPANSION * stored + ZEROS:
+        raise ValueError(f"its metadata tell of {claimed} bytes of arrays in {stored} bytes of files")
+
+
 def _read(folder: pathlib.Path) -> dict[str, list] | None:
     """The entries, None without a manifest or with a torn one. Raises OSError, and ValueError for anything else."""
     try:
@@ -126,11 +153,11 @@ def _is_entry(value) -> bool:
     return isinstance(value, list) and len(value) == 2 and type(value[0]) is int and isinstance(value[1], str)
 
 
-def _hash(path: pathlib.Path, size: int, sync: bool = False) -> str:
-    """Of at most the first `size` bytes."""
+def _hash(path: pathlib.Path, size: int, sync: bool = False, stop: Callable[[], bool] = bool) -> str:
+    """Of at most the first `size` bytes; of fewer if `stop()`."""
     digest = hashlib.blake2b(digest_size=16)
     with files.open_regular(path) as file:
-        while size > 0 and (data := file.read(min(size, CHUNK))):
+        while size > 0 and not stop() and (data := file.read(min(size, CHUNK))):
             digest.update(data)
             size -= len(data)
         if sync:

@@ -13,8 +13,6 @@ import os
 import pathlib
 import sys
 
-import jax
-
 from addp_jax import errors, files, parameters, processes
 from addp_jax.weights import manifest
 
@@ -80,8 +78,11 @@ def find(root: pathlib.Path, folders: list[pathlib.Path]) -> tuple[dict | None, 
     return None, None
 
 
-def require(root: pathlib.Path, steps: list[pathlib.Path], text: str) -> None:
-    """Writes the identity `text` to `root`. Raises UserError if the checkpoints `steps` there are of another run."""
+def require(root: pathlib.Path, steps: list[pathlib.Path], text: str, writes: bool) -> None:
+    """Writes the identity `text` to `root`, in the processes that are told to by `writes`.
+
+    Raises UserError if the checkpoints `steps` there are of another run.
+    """
     identity, problem = json.loads(text), ""
     saved, source = find(root, steps) if steps else (None, None)
     lines = differences(saved, identity) if saved is not None else []
@@ -89,7 +90,7 @@ def require(root: pathlib.Path, steps: list[pathlib.Path], text: str) -> None:
         advice = parameters.shortened(lines, 5)
         raise errors.UserError(f"{root} holds checkpoints of another run ({advice}); use another workdir")
     processes.agreed(True)  # all have read it
-    if jax.process_index() == 0 and source != root:
+    if writes and source != root:
         if steps:
             what = f"taken from {source}" if source else "not known: taken for those of this config"
             print(f"{root / NAME} cannot be used; the run of these checkpoints is {what}", file=sys.stderr)
