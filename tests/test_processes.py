@@ -176,6 +176,18 @@ def test_a_mistake_that_one_process_sees_ends_all_at_once(tmp_path):
                 assert "error: process 1 of 2: config.data.path: " in problems and "nowhere" in problems
 
 
+@pytest.mark.slow
+def test_a_process_that_is_paused_comes_back(tmp_path):
+    with two(tmp_path, "--config.mesh.data=1", "--config.mesh.fsdp=2") as both:
+        both.until(tmp_path, 6)
+        os.kill(both.member(1), signal.SIGSTOP)
+        time.sleep(40)
+        os.kill(both.member(1), signal.SIGCONT)
+        status, _, problems = both.end()
+    assert status == 0, problems
+    assert steps(tmp_path) == list(range(1, STEPS + 1))
+
+
 # --- without other processes ----------------------------------------------------------------------
 
 
