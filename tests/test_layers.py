@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,24 @@ def test_attention_is_its_formula():
         weights = np.exp(query[:, head] @ key[:, head].T / np.sqrt(3))
         heads.append(weights / weights.sum(-1, keepdims=True) @ value[:, head])
     np.testing.assert_allclose(out[0], linear("out", np.concatenate(heads, -1)), atol=ROUNDING)
+
+
+def test_gelu_is_exact():
+    inputs = np.linspace(-12, 12, 2001, dtype=np.float32)
+    exact = np.array([0.5 * x * math.erfc(-x / math.sqrt(2)) for x in inputs.astype(np.float64)])
+    np.testing.assert_allclose(layers.gelu(jnp.asarray(inputs)), exact, atol=1e-6)
+    half = layers.gelu(jnp.asarray(inputs, jnp.bfloat16))
+    exact = layers.gelu(jnp.asarray(inputs, jnp.bfloat16).astype(jnp.float32))
+    np.testing.assert_allclose(half.astype(jnp.float32), exact, rtol=2**-8)  # one rounding, of the result
+
+
+@pytest.mark.parametrize("mean", [0, 30])  # in deviations
+def test_layer_norm_in_bfloat16_is_that_of_float32(mean):
+    features = (random(2, 3, 256) + mean).astype(jnp.bfloat16)
+    params = {"scale": jnp.ones(256), "bias": jnp.zeros(256)}
+    out = layers.layer_norm(dtype=jnp.bfloat16).apply({"params": params}, features)
+    expected = layers.layer_norm(dtype=jnp.float32).apply({"params": params}, features)
+    np.testing.assert_allclose(out.astype(jnp.float32), expected, rtol=2**-8, atol=2**-8)
 
 
 # --- randomness -----------------------------------------------------------------------------------

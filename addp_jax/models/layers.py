@@ -59,11 +59,22 @@ class TransformerConfig(BlockConfig):
 
 
 def layer_norm(name: str | None = None, eps: float = LAYER_NORM_EPS, dtype=None) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=eps, use_fast_variance=False, dtype=dtype, name=name)
+    """In bfloat16, mean and variance are made in one pass, in float32, which spares a TPU a twentieth of a block.
+
+    The variance is then off by about (mean / deviation)**2 * 2**-24 of itself: less than bfloat16 rounds, 2**-9, while
+    the mean of a token's features is below a hundred of their deviations.
+    """
+    return nn.LayerNorm(epsilon=eps, use_fast_variance=dtype == jnp.bfloat16, dtype=dtype, name=name)
 
 
 def dense(features: int, name: str, dtype=None, kernel_init=XAVIER) -> nn.Dense:
     return nn.Dense(features, kernel_init=kernel_init, dtype=dtype, name=name)
+
+
+def gelu(inputs):
+    """The exact GELU, in float32: in bfloat16 1 + erf would cancel, and erfc costs a TPU ten times as much as erf."""
+    wide = inputs.astype(jnp.float32)
+    return (0.5 * wide * (1 + jax.lax.erf(wide * np.float32(0.5**0.5)))).astype(inputs.dtype)
 
 
 class Attention(nn.Module):
@@ -107,7 +118,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, tokens, train: bool):
         width = tokens.shape[-1]
-        hidden = jax.nn.gelu(dense(self.ratio * width, "fc1", self.dtype, self.kernel_init)(tokens), approximate=False)
+        hidden = gelu(dense(self.ratio * width, "fc1", self.dtype, self.kernel_init)(tokens))
         hidden = Dropout(self.dropout)(hidden, train)
         out = dense(width, "fc2", self.dtype, self.kernel_init)(hidden)
         return Dropout(self.dropout)(out, train)
@@ -175,7 +186,7 @@ class TokenHead(nn.Module):
     @nn.compact
     def __call__(self, features, token_embed):
         """`features` [B,M,D], `token_embed` [V,D] (no gradient goes into it here) -> float32 [B,M,V]."""
-        hidden = jax.nn.gelu(dense(token_embed.shape[1], "fc", self.dtype)(features), approximate=False)
+        hidden = gelu(dense(token_embed.shape[1], "fc", self.dtype)(features))
         hidden = layer_norm("norm", HEAD_NORM_EPS, self.dtype)(hidden)
         table = jax.lax.stop_gradient(token_embed).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (token_embed.shape[0],))

@@ -90,7 +90,7 @@ def collectives(text: str) -> dict[str, Collective]:
         kind = instruction.opcode.removesuffix("-start")
         channel = re.search(r"channel_id=(\d+)", instruction.rest)
         shared = channel and instruction.name not in inside  # in those fusions, all have channel 1
-        key = channel[1] if shared else instruction.name
+        key = (kind, channel[1]) if shared else instruction.name
         if kind not in COLLECTIVES or key in seen:
             continue
         seen.add(key)
