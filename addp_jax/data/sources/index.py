@@ -68,7 +68,7 @@ def _entry(line: str, where: str) -> tuple[str, int, int]:
 def write(source: sources.Files, root: str, split: str) -> str:
     """Write the index of a split to `root`; returns the file's name. source: one whose folder lies in `root`."""
     head = {"images": len(source), "folder": os.path.relpath(source.root, root), "classes": source.classes}
-    rows = zip(source.names(), source.sizes().tolist(), source.labels.tolist())
+    rows = zip(source.file_names(), source.file_sizes().tolist(), source.labels.tolist())
     path = _path(root, split)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     files.write_text(path, "".join(json.dumps(line) + "\n" for line in [head, *rows]))
