@@ -159,8 +159,9 @@ def test_the_parameters_are_those_of_one_process(story):
         np.testing.assert_allclose(one, other, rtol=0, atol=NOISE)
 
 
-def test_a_mistake_that_one_process_sees_ends_all_at_once(tmp_path):
-    """The second one lacks the folder of the images."""
+@pytest.mark.parametrize("mistaken", [0, 1])
+def test_a_mistake_that_one_process_sees_ends_all_at_once(tmp_path, mistaken):
+    """One of them lacks the folder of the images."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -168,12 +169,13 @@ def test_a_mistake_that_one_process_sees_ends_all_at_once(tmp_path):
     folder = tmp_path / "train"
     folder.mkdir()
     programs.photos(folder, {f"{kind}/{number}.png": (48, 48) for kind in range(8) for number in range(2)})
-    with alone(tmp_path / "run", *flags, f"--config.data.path={tmp_path}", "--config.data.eval_split=train", "--process_id=0") as first:
-        with alone(tmp_path / "run", *flags, "--config.data.path=nowhere", "--process_id=1") as second:
+    sound = f"--config.data.path={tmp_path}", "--config.data.eval_split=train"
+    with alone(tmp_path / "run", *flags, *sound, f"--process_id={1 - mistaken}") as first:
+        with alone(tmp_path / "run", *flags, "--config.data.path=nowhere", f"--process_id={mistaken}") as second:
             for process in first, second:
                 status, _, problems = process.end()
                 assert status == 2 and "Traceback" not in problems, problems
-                assert "error: process 1 of 2: config.data.path: " in problems and "nowhere" in problems
+                assert f"error: process {mistaken} of 2: config.data.path: " in problems and "nowhere" in problems
 
 
 @pytest.mark.slow
