@@ -351,7 +351,7 @@ def test_a_damaged_index_is_named(folder, change, message):
         index.Index(str(folder))
     assert f"config.data.path: {path}" in one_line(caught) and message in one_line(caught)
     path.unlink()
-    with pytest.raises(errors.UserError, match=r"cannot read .*train.jsonl.*addp_jax.data.sources.index"):
+    with pytest.raises(errors.UserError, match=r"cannot read .*train.jsonl: .*; write it with python -m addp_jax.data.sources.index"):
         index.Index(str(folder))
 
 

@@ -14,11 +14,11 @@ import json
 import os
 
 from addp_jax import errors, files
-from addp_jax.data import sources
+from addp_jax.data import sources, walk
 from addp_jax.data.sources import image_folder
 
 SPLITS = {"train": "train", "eval": "val"}
-ADVICE = "write it with python -m addp_jax.data.sources.index"
+ADVICE = "; write it with python -m addp_jax.data.sources.index"
 
 
 def open_split(config, split: str, image_size: int) -> sources.Source:
@@ -36,16 +36,14 @@ class Index(sources.Files):
         path = _path(root, split)
         with files.explain(f"config.data.path: cannot read {path}", OSError, UnicodeDecodeError, advice=ADVICE):
             first, *lines = files.read_lines(path) or [""]
-        try:
+        where = f"config.data.path: {path} line"
+        with files.explain(f"{where} 1", ValueError, KeyError, TypeError, RecursionError, advice=ADVICE):
             head = json.loads(first)
             folder, classes = files.below(root, head["folder"]), tuple(map(str, head["classes"]))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise errors.UserError(f"config.data.path: {path} line 1: {files.reason(error)}; {ADVICE}") from error
-        where = f"config.data.path: {path} line"
         entries = [_entry(line, f"{where} {n}") for n, line in enumerate(lines, 2) if line.strip()]
         if len(entries) != head.get("images"):
             promised = files.printable(str(head.get("images")), files.REASON_LENGTH)
-            raise errors.UserError(f"config.data.path: {path} names {len(entries)} of {promised} images; {ADVICE}")
+            raise errors.UserError(f"config.data.path: {path} names {len(entries)} of {promised} images{ADVICE}")
         paths, sizes, labels = zip(*entries)
         super().__init__(folder, paths, labels, classes, list(sizes))
 
@@ -57,12 +55,13 @@ def _path(root: str, split: str) -> str:
 def _entry(line: str, where: str) -> tuple[str, int, int]:
     try:
         path, size, label = json.loads(line)
-        if not (isinstance(path, str) and type(size) is type(label) is int and -1 <= label <= sources.LARGEST_LABEL):
+        numbers = type(size) is type(label) is int and walk.UNKNOWN <= label <= sources.LARGEST_LABEL
+        if not (isinstance(path, str) and numbers):
             raise ValueError("expected [path, bytes, label]")
         files.below("", path)
         return path, size, label
     except (ValueError, TypeError, RecursionError) as error:
-        raise errors.UserError(f"{where}: {files.reason(error)}; {ADVICE}") from error
+        raise errors.UserError(f"{where}: {files.reason(error)}{ADVICE}") from error
 
 
 def write(source: sources.Files, root: str, split: str) -> str:
