@@ -25,7 +25,12 @@ SHOWN = 5  # differences, or class names, in a message
 
 @schema.config
 class Evaluation:
-    """Distances between images of the evaluation split and the model's own, at every evaluation."""
+    """What every evaluation tells beside the task's own figures."""
+
+    # Images of each split of which it tells how good the features in training are (training/watch.py); 0 = none. They
+    # are read and encoded anew each time.
+    watch_features: int = schema.field(0, least=0)
+    # Distances between images of the evaluation split and the model's own.
 
     features: str = ""  # inception, or the work directory of a convnet or addp run; "" = no distances
     inception_weights: str = ""  # pt_inception-2015-12-05-6726825d, .pth or .safetensors
@@ -151,6 +156,11 @@ def make_init(task, optimizer, config: Config):
     return init
 
 
+def with_average(task, frozen: dict, average) -> dict:
+    """What `task.loss` gets as frozen networks: with the averaged parameters, where it reads them."""
+    return frozen | {tasks.AVERAGE: average} if task.average_for else frozen
+
+
 def make_step(task, optimizer, schedule, config: Config):
     """`(state, frozen, batch) -> (state, metrics)`; its randomness is a function of the seed and the step."""
     grad = jax.value_and_grad(task.loss, has_aux=True)
@@ -177,7 +187,7 @@ def make_step(task, optimizer, schedule, config: Config):
 
     def step(state: TrainState, frozen, batch):
         rng = jax.random.fold_in(keys.of(config.seed, "training"), state.step)
-        grads, metrics = gradients(state.params, frozen, batch, rng)
+        grads, metrics = gradients(state.params, with_average(task, frozen, state.ema_params), batch, rng)
         statistics = metrics.pop(tasks.STATISTICS, {})
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = parameters.replaced(optax.apply_updates(state.params, updates), statistics)
@@ -233,6 +243,10 @@ def create_training(config: Config, num_train: int = 0, mesh=None) -> TrainingPr
     require_divisible_batch(config, mesh)
     base = create(config, mesh)
     task = base.task
+    if task.average_for and not config.optim.ema_decay:
+        raise errors.UserError(
+            f"config.optim.ema_decay: 0, but {task.average_for} needs the averaged parameters; set it, to 0.9999 or so"
+        )
     num_train = num_train or len(base.source("train"))
     length = optim.length(
         config.optim, epochs=config.epochs, steps=config.steps, num_train=num_train, batch_size=config.batch_size

@@ -73,7 +73,12 @@ class LinearProbe(nn.Module):
 
 
 def block_features(config: vit.Config, params, image, block: int, pooling: str, dtype=jnp.float32):
-    """Pooled features float32 [B,D] after the first `block` blocks of an encoder; no final norm unless these are all.
+    """`block_tokens`, pooled: float32 [B,D]."""
+    return pool(block_tokens(config, params, image, block, dtype), pooling)
+
+
+def block_tokens(config: vit.Config, params, image, block: int, dtype=jnp.float32):
+    """Features [B,1+L,D] after the first `block` blocks of an encoder; no final norm unless these are all.
 
     params: of a `vit.VisionTransformer` of this config; the blocks behind `block` are not computed.
     """
@@ -81,7 +86,7 @@ def block_features(config: vit.Config, params, image, block: int, pooling: str, 
         blocks = jax.tree.map(lambda leaf: leaf[:block], params["blocks"])
         config = dataclasses.replace(config, depth=block, final_norm=False)
         params = {name: value for name, value in params.items() if name != "final_norm"} | {"blocks": blocks}
-    return pool(vit.VisionTransformer(config, dtype).apply({"params": params}, image), pooling)
+    return vit.VisionTransformer(config, dtype).apply({"params": params}, image)
 
 
 def init(net: Classifier, rng):

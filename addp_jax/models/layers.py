@@ -161,21 +161,34 @@ class Blocks(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, tokens, key_mask=None, train: bool = False):
-        """`tokens` [B,M,D], `key_mask` bool [B,M] or None -> [B,M,D]."""
+    def __call__(self, tokens, key_mask=None, train: bool = False, tap: int = 0):
+        """`tokens` [B,M,D], `key_mask` bool [B,M] or None -> [B,M,D].
+
+        tap: a block, counted from 1, whose output [B,M,D] is returned as well; 0 = none.
+        """
         config = self.config
         block = Block
         if config.remat != "none":
             block = nn.remat(Block, prevent_cse=False, static_argnums=(4,), policy=REMAT_POLICIES[config.remat])
+
+
+        def step(module, carry, layer):
+            (tokens, tapped), (drop_path, number) = carry, layer
+            tokens = module(tokens, drop_path, key_mask, train)
+            return (tokens, jnp.where(number == tap, tokens, tapped) if tap else None), None
+
         scan = nn.scan(
-            lambda module, carry, drop_path: (module(carry, drop_path, key_mask, train), None),
+            step,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
             length=config.depth,
         )
         drop_path = jnp.asarray(np.linspace(0, config.drop_path, config.depth), jnp.float32)
         tokens = partition.constrain(tokens, "batch", "length", "embed")
-        return scan(block(config, self.dtype, name="block"), tokens, drop_path)[0]
+        numbers = jnp.arange(1, config.depth + 1) if tap else None
+        carry = (tokens, tokens if tap else None)
+        (tokens, tapped), _ = scan(block(config, self.dtype, name="block"), carry, (drop_path, numbers))
+        return (tokens, tapped) if tap else tokens
 
 
 class TokenHead(nn.Module):

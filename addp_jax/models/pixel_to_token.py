@@ -48,7 +48,7 @@ class PixelToToken(nn.Module):
         self.decoder_norm = layers.layer_norm(dtype=self.dtype)
         self.head = layers.TokenHead(self.dtype)
 
-    def __call__(self, image, token_ids, mask, capacity: int, train: bool = False):
+    def __call__(self, image, token_ids, mask, capacity: int, train: bool = False, tap: int = 0):
         """Logits of every grid position.
 
         Args:
@@ -56,10 +56,14 @@ class PixelToToken(nn.Module):
           token_ids: int32 `[B,L]`, used where `mask` is False.
           mask: bool `[B,L]`, True = masked.
           capacity: static number of slots for known tokens; every example must have at most so many.
+          tap: a block of the encoder, counted from 1, whose output [B,1+L,D] is returned as well; 0 = none.
         Returns:
           float32 `[B,L,V]`.
         """
-        return self.decode(self.encode(image, train), token_ids, mask, capacity, train)
+        if not tap:
+            return self.decode(self.encode(image, train), token_ids, mask, capacity, train)
+        features, tapped = self.encoder(image, train, tap)
+        return self.decode(features, token_ids, mask, capacity, train), tapped
 
     def encode(self, image, train: bool = False):
         """`image` [B,H,W,3] -> features [B,1+L,D], class token first."""

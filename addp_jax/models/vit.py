@@ -53,8 +53,11 @@ class VisionTransformer(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, image, train: bool = False):
-        """`image` [B,H,W,3] in [0,1] (values outside are clipped) -> [B,1+L,D], class token first."""
+    def __call__(self, image, train: bool = False, tap: int = 0):
+        """`image` [B,H,W,3] in [0,1] (values outside are clipped) -> [B,1+L,D], class token first.
+
+        tap: a block, counted from 1, whose output [B,1+L,D] is returned as well; 0 = none.
+        """
         config = self.config
         patches = rearrange(
             normalize(image), "b (h p) (w q) c -> b (h w) (p q c)", p=config.patch_size, q=config.patch_size
@@ -68,8 +71,11 @@ class VisionTransformer(nn.Module):
         if config.input_norm:
             tokens = layers.layer_norm("input_norm", dtype=self.dtype)(tokens)
         tokens = Dropout(config.input_dropout)(tokens, train)
-        tokens = layers.Blocks(config, self.dtype, name="blocks")(tokens, train=train)
-        return layers.layer_norm("final_norm", dtype=self.dtype)(tokens) if config.final_norm else tokens
+        tokens = layers.Blocks(config, self.dtype, name="blocks")(tokens, train=train, tap=tap)
+        tokens, tapped = tokens if tap else (tokens, None)
+        if config.final_norm:
+            tokens = layers.layer_norm("final_norm", dtype=self.dtype)(tokens)
+        return (tokens, tapped) if tap else tokens
 
 
 def resize_pos_embed(pos_embed, length: int):

@@ -125,8 +125,9 @@ def training(config: program.Config, run: program.TrainingProgram, frozen, batch
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         return state.replace(opt_state=opt_state, params=optax.apply_updates(state.params, updates))
 
-    parts = [row * pieces for row in networks(loss, run.mesh, state.params, frozen, piece).values()]
-    forward = measure("forward", loss, state.params, frozen, piece) * pieces
+    inputs = state.params, program.with_average(task, frozen, state.ema_params), piece
+    parts = [row * pieces for row in networks(loss, run.mesh, *inputs).values()]
+    forward = measure("forward", loss, *inputs) * pieces
     grads = jax.tree.map(jnp.ones_like, state.params)
     updated = measure("optimizer", update, state, grads)
     kept = dataclasses.replace(config, model=flops.everything_kept(config.model))

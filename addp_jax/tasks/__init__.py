@@ -20,7 +20,7 @@ from addp_jax.data import pipeline, sources, transforms, walk
 from addp_jax.ops import proposals
 
 STATISTICS = "statistics"  # what a loss tells beside its metrics, see `Task.loss`
-
+AVERAGE = "average"  # the averaged parameters among the frozen networks of a loss, see `Task.average_for`
 
 
 class Results(NamedTuple):
@@ -42,6 +42,8 @@ class Task(Protocol):
       whole_images: the images of an evaluation have sizes of their own. `evaluate` gets examples instead of batches,
         numpy arrays with "valid", and each process those of its share.
       compact: names of networks that compute in `dtype` alone: where frozen, their kernels are kept in it.
+      average_for: the field for whose sake the loss reads, in training, the averaged parameters (`optim.ema_decay`) as
+        `frozen[AVERAGE]`; "" = it does not.
     """
 
     config: Any
@@ -49,6 +51,7 @@ class Task(Protocol):
     layout: partition.Layout
     compact: tuple[str, ...] = ()
     whole_images: bool = False
+    average_for: str = ""
 
     @property
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:

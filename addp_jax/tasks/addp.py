@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from addp_jax import codecs, diffusion, errors, partition, pictures, samplers, schema, tasks, weights
 from addp_jax.codecs import vqgan
 from addp_jax.metrics import averages
-from addp_jax.models import heads, pixel_to_token, token_predictor
+from addp_jax.models import alignment, heads, pixel_to_token, token_predictor, vit
 from addp_jax.ops import images, keys
 from addp_jax.samplers import alternating
+from addp_jax.weights import encoder
 
 COLUMNS = 8  # of the evaluation's denoising picture
 
@@ -32,18 +33,28 @@ class Config:
     # True: the token predictor's dropout stays on, as in the released training.
     teacher_dropout: bool = schema.field(False, matters=schema.TRAINING)
     label_smoothing: float = schema.field(0.1, least=0, below=1, matters=schema.TRAINING)
+    # Losses on the encoder's features, beside that of the tokens; the published recipe has none.
+    alignment: alignment.Config = schema.field(alignment.Config(), matters=schema.TRAINING)
+    # Run folder or weight file of the frozen network of alignment.target="network": ADDP's, MAE's, or one of its names.
+    target_weights: str = schema.frozen_weights()
     sampler: samplers.Config = schema.field(alternating.Config(), matters=schema.NOTHING)
     num_samples: int = schema.field(16, least=1, matters=schema.NOTHING, tiny=4)  # in the evaluation's picture
+
+    def __post_init__(self):
+        try:
+            self.alignment.check(self.net.encoder)
+        except ValueError as error:
+            raise ValueError(f"alignment.{error}") from error
 
 
 class Task(tasks.Generator, tasks.Recogniser):
     """See `addp_jax.tasks`. Its features are the mean of the encoder's over the patches."""
 
-    compact = ("tokenizer", "token_predictor", "pixel_to_token")
-    layout = pixel_to_token.LAYOUT
+    compact = ("tokenizer", "token_predictor", "pixel_to_token", "target")
+    layout = (*alignment.LAYOUT, *pixel_to_token.LAYOUT)
 
     def __init__(self, config: Config, dtype):
-        self.config = config
+        self.config, self.dtype = config, dtype
         self.image_size = config.tokenizer.image_size
         self.net = pixel_to_token.PixelToToken(config.net, dtype)
         self.predictor = token_predictor.TokenPredictor(config.predictor, dtype)
@@ -59,14 +70,29 @@ class Task(tasks.Generator, tasks.Recogniser):
         if config.net.encoder.image_size != config.tokenizer.image_size:
             raise errors.UserError("config.model.net.encoder.image_size differs from config.model.tokenizer.image_size")
 
+        if config.alignment.weight and config.alignment.target == "average":
+            self.average_for = "config.model.alignment.weight"
+        self.target = config.alignment.target_config(config.net.encoder)
+        self.head = alignment.Head(self.target.width, dtype)
+
     def init(self, rng):
-        return {"pixel_to_token": pixel_to_token.init(self.net, rng)}
+        params = {"pixel_to_token": pixel_to_token.init(self.net, rng)}
+        if self.config.alignment.weight:
+            features = jnp.zeros((1, 1, self.config.net.encoder.width))
+            params["alignment"] = self.head.init(jax.random.fold_in(rng, 1), features)["params"]
+        return params
 
     def load_frozen(self):
         init, path = functools.partial(token_predictor.init, self.predictor), self.config.predictor_weights
         frozen, field = self.load_for_sampling(), "config.model.predictor_weights"
         predictor = weights.load(path, "token_predictor", init, self.config.predictor, field, frozen["tokenizer"])
-        return frozen | {"token_predictor": predictor}
+        frozen |= {"token_predictor": predictor}
+        if self.config.alignment.weight and self.config.alignment.target == "network":
+            image = jnp.zeros((1, self.target.image_size, self.target.image_size, 3))
+            init = lambda rng: vit.VisionTransformer(self.target).init(rng, image)["params"]
+            field = "config.model.target_weights"
+            frozen["target"] = encoder.load(self.config.target_weights, init, self.target, field)
+        return frozen
 
     def load_for_sampling(self):
         """The token predictor only teaches: no sampler asks it."""
@@ -75,11 +101,27 @@ class Task(tasks.Generator, tasks.Recogniser):
         return {"tokenizer": weights.load(path, "tokenizer", init, self.config.tokenizer, field)}
 
     def loss(self, params, frozen, batch, rng, train: bool):
-        loss, _ = self._per_example(params, frozen, batch, rng, train)
-        return loss.mean(), {"loss": loss.mean()}
+        """The metric `loss` is that of the tokens alone, as in an evaluation."""
+        config = self.config.alignment
+        loss, (image, *_), features = self._per_example(params, frozen, batch, rng, train, config.tap)
+        total, metrics = loss.mean(), {"loss": loss.mean()}
+        if config.weight:
+            predicted = self.head.apply({"params": params["alignment"]}, features[:, 1:])
+            metrics["alignment"] = alignment.distance(predicted, self._targets(frozen, image), config.loss)
+            total += config.weight * metrics["alignment"]
+        if config.dispersive_weight:
+            metrics["dispersion"] = alignment.dispersion(features[:, 1:])
+            total += config.dispersive_weight * metrics["dispersion"]
+        return total, metrics
 
-    def _per_example(self, params, frozen, batch, rng, train: bool):
-        """Loss [B], and what the pictures show: the corrupted image and the predicted one, [B,H,W,3]."""
+    def _targets(self, frozen, image):
+        """The target's features [B,L,D] of the clean `image`, in evaluation mode."""
+        average = self.config.alignment.target == "average"
+        params = frozen[tasks.AVERAGE]["pixel_to_token"]["encoder"] if average else frozen["target"]
+        return heads.block_tokens(self.target, params, image, self.config.alignment.target_block, self.dtype)[:, 1:]
+
+    def _per_example(self, params, frozen, batch, rng, train: bool, tap: int = 0):
+        """Loss [B]; what the pictures show, such as the corrupted image [B,H,W,3]; the output of the block `tap`."""
         mask_key, teacher_key, dropout_key = jax.random.split(rng, 3)
         if len(batch["image"]) % self.config.masks.group:
             raise errors.UserError(f"config.model.masks.group: does not divide config.batch_size={len(batch['image'])}")
@@ -93,11 +135,12 @@ class Task(tasks.Generator, tasks.Recogniser):
         corrupted = codec.decode(latents)
         logits = self.net.apply(
             {"params": params["pixel_to_token"]},
-            corrupted, token_ids, mask_s, self.capacity, train,
+            corrupted, token_ids, mask_s, self.capacity, train, tap,
             rngs={"dropout": dropout_key},
         )  # fmt: skip
+        logits, tapped = logits if tap else (logits, None)
         loss = diffusion.soft_cross_entropy(target, logits, mask_s, self.config.label_smoothing)
-        return loss, (image, corrupted, logits, token_ids, mask_s)
+        return loss, (image, corrupted, logits, token_ids, mask_s), tapped
 
     def _teach(self, params, token_ids, dropout: bool, mask, rng):
         """The token predictor's distribution given the tokens outside `mask`: [B,L,K], no gradient."""
@@ -110,7 +153,7 @@ class Task(tasks.Generator, tasks.Recogniser):
 
         def losses():
             for index, batch in enumerate(batches):
-                loss, seen = self._values(params, frozen, batch, jax.random.fold_in(key, index))
+                loss, seen, _ = self._values(params, frozen, batch, jax.random.fold_in(key, index))
                 if index == 0:
                     shown.append(partition.whole([array[:COLUMNS] for array in seen]))
                 loss, ratio, valid = partition.whole((loss, seen[-1].mean(-1), batch["valid"]))

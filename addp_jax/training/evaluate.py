@@ -15,18 +15,19 @@ from addp_jax.data import part, pipeline
 from addp_jax.metrics import feature_sets
 from addp_jax.ops import images, keys
 from addp_jax.program import check_classes
+from addp_jax.training import watch
 from addp_jax.weights import feature_nets
 
 
 def run(program, state, frozen) -> tuple[dict, dict]:
     """`(scalars, images)` of (averaged, where there is an average) parameters: the task's evaluation on
-    `config.eval_batches` batches (0 = the whole split), and the distances of `config.evaluate`, if any."""
+    `config.eval_batches` batches (0 = the whole split), and what `config.evaluate` asks for."""
     params = state.params if state.ema_params is None else state.ema_params
     config, source = program.config, program.source("eval")
     wanted = config.eval_batches * config.batch_size
     examples = part.Part(source, wanted) if 0 < wanted < len(source) else source
     scalars, images, _ = task_results(program, params, frozen, examples)
-    return scalars | distances(program, params, frozen)[0], images
+    return scalars | distances(program, params, frozen)[0] | watch.measure(program, params, frozen), images
 
 
 def task_results(program, params, frozen, source) -> tasks.Results:
@@ -153,6 +154,7 @@ def evaluate(program, workdir: str) -> None:
             check_classes(workdir, identity["data"].get("classes"), source)
         scalars, images, texts = task_results(program, params, frozen, source)
         measures, provenance = distances(program, params, frozen)
+        measures |= watch.measure(program, params, frozen)
     if jax.process_index() == 0:
         try:
             with files.explain(f"cannot write to {folder}"):

@@ -16,7 +16,7 @@ from addp_jax import errors, files, parameters, partition, processes, program, s
 from addp_jax.data import pipeline
 from addp_jax.ops import keys
 from addp_jax.program import TrainingProgram
-from addp_jax.training import evaluate, pace, reports
+from addp_jax.training import evaluate, pace, reports, watch
 from addp_jax.training.log import Log
 from addp_jax.weights import buckets, checkpoint, lock
 
@@ -32,6 +32,8 @@ def preflight(run: TrainingProgram, workdir: str) -> None:
         program.check_classes("the training split", train.classes, held_out)
     if run.config.evaluate.features:
         evaluate.prepare(run)
+    if run.config.evaluate.watch_features:
+        watch.prepare(run)
 
 
 def require_room(run: TrainingProgram, workdir: str) -> None:

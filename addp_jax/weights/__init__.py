@@ -13,6 +13,7 @@ from addp_jax.weights import buckets, checkpoint, dense, layouts, provenance
 
 RANDOM = "random"  # instead of a path: freshly initialised weights, for benchmarks and memory checks only
 SHAPES = "shapes"  # instead of a path: shapes without values, for plans
+TRAINING_ONLY = ("discriminator", "alignment")  # networks that no weight file has, and nothing but training uses
 TRAIN_FIRST = {
     "tokenizer": "train one with configs/tokenizer.py (or configs/demo_tokenizer.py)",
     "token_predictor": "train one with configs/predictor.py (or configs/demo_predictor.py)",
@@ -96,7 +97,7 @@ def read_with_identity(path: str, wanted=None, field: str = "") -> tuple[dict[st
 def fit(networks: dict, shapes: dict, where: str) -> dict:
     """Those of `networks` that a task trains, whose `shapes` they must have. Raises UserError naming `where` if not.
 
-    Only a discriminator may be missing: no weight file has one, and nothing but training uses it.
+    Only those of `TRAINING_ONLY` may be missing.
     """
-    expected = {name: tree for name, tree in shapes.items() if name in networks or name != "discriminator"}
+    expected = {name: tree for name, tree in shapes.items() if name in networks or name not in TRAINING_ONLY}
     return parameters.match({name: networks[name] for name in expected if name in networks}, expected, where=where)

@@ -56,7 +56,7 @@ def export_weights(workdir: str, paths: list[str], output: str, layout: str, ema
     if missing:
         print(f"{output}: without {', '.join(missing)}, which the official code may ask for; weights=PATH adds it")
     # With the config if what the run trained can be read back from the file.
-    readable = (own or layout in layouts.READABLE) and params.keys() - needed <= {"discriminator"}
+    readable = (own or layout in layouts.READABLE) and params.keys() - needed <= set(weights.TRAINING_ONLY)
     config = config_text(workdir) if readable else ""
     if own and not config:
         raise errors.UserError(f"layout={layout}: the sizes of windows are not known without the config of the run")
