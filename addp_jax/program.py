@@ -27,16 +27,14 @@ SHOWN = 5  # differences, or class names, in a message
 class Evaluation:
     """What every evaluation tells beside the task's own figures."""
 
-    # Images of each split of which it tells how good the features in training are (training/watch.py); 0 = none. They
-    # are read and encoded anew each time.
-    watch_features: int = schema.field(0, least=0)
-    # Distances between images of the evaluation split and the model's own.
-
+    # Distances between images of the evaluation split and the model's own, in the features of this network:
     features: str = ""  # inception, or the work directory of a convnet or addp run; "" = no distances
     inception_weights: str = ""  # pt_inception-2015-12-05-6726825d, .pth or .safetensors
     num_images: int = schema.field(2000, least=2, tiny=16)  # of the split, spread evenly; the names end in it: fid_2k
     batch_size: int = schema.field(64, least=1, tiny=8)
     seed: int = 0  # of the samples
+    # Images of each split by which the features of the network itself are judged (training/watch.py); 0 = none.
+    watch_features: int = schema.field(0, least=0)
 
 
 @schema.config

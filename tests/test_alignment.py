@@ -205,13 +205,15 @@ def test_the_dispersion_is_that_of_all_pairs_and_falls_as_images_part():
 
 
 @pytest.fixture(scope="module")
-def run(trained, tmp_path_factory):
+def run(tmp_path_factory):
     """`(work directory, changes of its config)` of a run with all of it, interrupted and gone on."""
-    stages = {f"model__{name}_weights": str(trained / name) for name in ("tokenizer", "predictor")}
-    workdir = tmp_path_factory.mktemp("alignment") / "run"
-    test_contracts.stop_after(programs.config("demo_addp", **stages, **ON), str(workdir), 2)
-    loop.train(programs.config("demo_addp", **stages, **ON), str(workdir))
-    return workdir, stages
+    root = tmp_path_factory.mktemp("alignment")
+    for network, params in build()[1].items():
+        checkpoint.save_params(root / network, {network: params}, {})
+    stages = {"model__tokenizer_weights": str(root / "tokenizer"), "model__predictor_weights": str(root / "token_predictor")}
+    test_contracts.stop_after(programs.config("demo_addp", **stages, **ON), str(root / "run"), 2)
+    loop.train(programs.config("demo_addp", **stages, **ON), str(root / "run"))
+    return root / "run", stages
 
 
 def test_a_run_goes_on_bit_for_bit_with_its_head(run, tmp_path):

@@ -59,6 +59,24 @@ def test_the_scanned_stack_is_its_blocks_one_after_the_other():
     np.testing.assert_allclose(apply(params, tokens), expected, atol=ROUNDING)
 
 
+@pytest.mark.parametrize("remat", ("none", "full"))
+def test_a_tapped_block_gives_its_output_and_changes_nothing(remat):
+    config, params, apply = stack(remat=remat)
+    blocks = layers.Blocks(config, jnp.float32)
+    tapping = functools.partial(jit, static_argnums=(1, 2))(
+        lambda params, tap, train: blocks.apply({"params": params}, random(2, 5, 8), None, train, tap, rngs={"dropout": jax.random.key(0)})
+    )
+    tokens, tapped = tapping(params, 2, False)
+    shorter = layers.Blocks(dataclasses.replace(config, depth=2), jnp.float32)
+    np.testing.assert_array_equal(tokens, apply(params, random(2, 5, 8)))
+    np.testing.assert_allclose(
+        tapped, jit(shorter.apply)({"params": jax.tree.map(lambda leaf: leaf[:2], params)}, random(2, 5, 8)), atol=ROUNDING
+    )
+    tokens, tapped = tapping(params, 3, True)  # with dropout
+    np.testing.assert_array_equal(tokens, apply(params, random(2, 5, 8), None, True))
+    np.testing.assert_array_equal(tapped, tokens)
+
+
 def test_each_layer_starts_from_its_own_random_parameters():
     init = jit(lambda rng: layers.Blocks(CONFIG, jnp.float32).init(rng, random(1, 2, 8))["params"]["block"]["mlp"]["fc1"]["kernel"])
     kernel = init(jax.random.key(0))

@@ -33,7 +33,9 @@ def test_the_rank_is_exp_of_the_entropy_of_the_eigenvalues():
 
 
 def test_features_without_any_or_with_infinite_variance():
-    assert probes.effective_rank(np.full((5, 3), 0.1, np.float32)) == 0
+    assert probes.effective_rank(np.zeros((5, 3), np.float32)) == 0
+    same = np.random.default_rng(2).normal(size=(1, 30)) * (1 + 1e-7 * np.random.default_rng(3).normal(size=(50, 30)))
+    assert probes.effective_rank(same) == 0
     assert np.isnan(probes.effective_rank(np.array([[0.0, np.inf], [1.0, 2.0]])))
 
 

@@ -9,21 +9,24 @@ from addp_jax import partition
 from addp_jax.metrics import classification, nearest
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # as the task `linear_probe` has them
+ROUNDING = 1e-6  # relative, of features that a network computes in float32
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the ridge regression; 1 = the variance of a feature
 
 
 def effective_rank(features) -> float:
     """Of features [N,D]: exp of the entropy of their covariance's eigenvalues, divided by their sum. From 1 to D.
 
-    0 where all rows are equal; NaN where a feature is not finite.
+    0 where all rows are equal but for the rounding of float32; NaN where a feature is not finite.
     """
     features = np.asarray(features, np.float64)
     if not np.isfinite(features).all():
         return float("nan")
     centred = features - features.mean(0)
-    values = np.maximum(np.linalg.eigvalsh(centred.T @ centred), 0)
-    shares = values[values > 1e-12 * values.sum()] / values.sum()
-    return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0
+    if (centred**2).sum() <= ROUNDING**2 * (features**2).sum():
+        return 0.0
+    values = np.linalg.eigvalsh(centred.T @ centred)
+    shares = values[values > 0] / values[values > 0].sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
 def knn_accuracy(bank, bank_labels, queries, labels) -> float:

@@ -171,7 +171,6 @@ class Blocks(nn.Module):
         if config.remat != "none":
             block = nn.remat(Block, prevent_cse=False, static_argnums=(4,), policy=REMAT_POLICIES[config.remat])
 
-
         def step(module, carry, layer):
             (tokens, tapped), (drop_path, number) = carry, layer
             tokens = module(tokens, drop_path, key_mask, train)
