@@ -1,5 +1,6 @@
 """Losses on the encoder's features: what they read, what they train, what they leave as it was."""
 
+import contextlib
 import functools
 
 import jax
@@ -7,10 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import programs
 import pytest
-import test_contracts
 
-import addp_jax
-from addp_jax import diffusion, errors, parameters, partition, program, tasks
+from addp_jax import diffusion, errors, parameters, partition, program, tasks, weights
 from addp_jax.models import alignment, heads
 from addp_jax.ops import images, keys
 from addp_jax.training import loop
@@ -18,6 +17,7 @@ from addp_jax.weights import checkpoint, convert, layouts
 
 pytestmark = pytest.mark.medium
 
+FROZEN = ("tokenizer", "token_predictor")
 KEY = jax.random.key(3)
 ROUNDING = 1e-5  # relative, of float32 sums in another order
 RANDOM = {"model__tokenizer_weights": "random", "model__predictor_weights": "random"}
@@ -204,53 +204,58 @@ def test_the_dispersion_is_that_of_all_pairs_and_falls_as_images_part():
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
+def steps(run, state, frozen, first, last):
+    for number in range(first, last):
+        state, _ = run.step(state, frozen, {"image": np.roll(batch()["image"], number, axis=1)})
+    return state
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """`(work directory, changes of its config)` of a run with all of it, interrupted and gone on."""
-    root = tmp_path_factory.mktemp("alignment")
-    for network, params in build()[1].items():
+def saved(tmp_path_factory):
+    """`(folder, state after four steps)`: `addp` in it is a run's checkpoint after two, beside its frozen networks."""
+    root, (run, networks) = tmp_path_factory.mktemp("alignment"), build(4, **ON)
+    for network, params in networks.items():
         checkpoint.save_params(root / network, {network: params}, {})
-    stages = {"model__tokenizer_weights": str(root / "tokenizer"), "model__predictor_weights": str(root / "token_predictor")}
-    test_contracts.stop_after(programs.config("demo_addp", **stages, **ON), str(root / "run"), 2)
-    loop.train(programs.config("demo_addp", **stages, **ON), str(root / "run"))
-    return root / "run", stages
+    with jax.set_mesh(run.mesh):
+        frozen = run.place(networks)
+        state = steps(run, run.init(jax.random.key(0)), frozen, 0, 2)
+        with contextlib.closing(checkpoint.Checkpointer(root / "addp", run.config.checkpoint, {})) as saver:
+            saver.save(2, state)
+        loop.write_config(run, str(root / "addp"))
+        return root, jax.device_get(steps(run, state, frozen, 2, 4))
 
 
-def test_a_run_goes_on_bit_for_bit_with_its_head(run, tmp_path):
-    workdir, stages = run
-    loop.train(programs.config("demo_addp", **stages, **ON), str(tmp_path))
-    for ema in (False, True):
-        found, expected = (checkpoint.load_params(path, ema=ema)[0] for path in (workdir, tmp_path))
-        assert found["alignment"].keys() == {"fc1", "fc2"}
-        jax.tree.map(np.testing.assert_array_equal, found, expected)
-    assert '"train/alignment"' in (workdir / "log.jsonl").read_text()
+def test_a_run_goes_on_bit_for_bit_with_its_head(saved):
+    (root, expected), (run, networks) = saved, build(4, **ON)
+    with jax.set_mesh(run.mesh):
+        with contextlib.closing(checkpoint.Checkpointer(root / "addp", run.config.checkpoint, {})) as saver:
+            state, start = saver.restore_latest(run.state)
+        found = jax.device_get(steps(run, state, run.place(networks), start, 4))
+    assert start == 2 and {"fc1", "fc2"} == found.params["alignment"].keys() == found.ema_params["alignment"].keys()
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-def test_the_head_is_left_out_of_the_releases_layout_and_need_not_be_there(run, tmp_path):
-    workdir, stages = run
-    output = str(tmp_path / "addp.safetensors")
-    convert.export_weights(str(workdir), list(stages.values()), output, "addp", True, False)
-    networks = layouts.read(output)
-    assert "alignment" not in networks
-    expected = checkpoint.load_params(workdir, ema=True)[0]["pixel_to_token"]
-    jax.tree.map(np.testing.assert_array_equal, networks["pixel_to_token"], expected)
-    assert addp_jax.load(output).features(batch()["image"]).shape == (8, 16)  # with the run's config in it
-    program.create(programs.config("demo_addp", **stages)).read(str(workdir))  # a config without the losses
-    loop.train(programs.config("demo_addp", **stages, **ON, init=output, steps=2), str(tmp_path / "on"))
+def test_the_head_is_left_out_of_the_releases_layout_and_need_not_be_there(saved, tmp_path):
+    root, output = saved[0], str(tmp_path / "addp.safetensors")
+    convert.export_weights(str(root / "addp"), [str(root / name) for name in FROZEN], output, "addp", True, False)
+    networks, params = layouts.read(output), checkpoint.load_params(root / "addp", ema=True)[0]
+    assert "alignment" not in networks and "alignment" in params
+    jax.tree.map(np.testing.assert_array_equal, networks["pixel_to_token"], params["pixel_to_token"])
+    program.create(programs.config("demo_addp", **RANDOM)).read(str(root / "addp"))  # by a config without the losses
+    run, _ = build(4, **ON)
+    assert weights.fit(networks, run.state.params, output).keys() == {"pixel_to_token"}  # the start of a run with them
 
 
-def test_a_frozen_network_is_the_target(run, tmp_path):
-    workdir, stages = run
-    network = {f"model__alignment__network__{name}": value for name, value in (("input_norm", True), ("depth", 2))}
-    changes = network | {"model__alignment__weight": 0.5, "model__alignment__target": "network", "steps": 2}
+def test_a_frozen_network_is_the_target(saved):
+    root, on = saved[0], {"model__alignment__weight": 0.5, "model__alignment__target": "network"}
+    on |= {"model__alignment__network__input_norm": True}
+    task = program.create(programs.config("demo_addp", **RANDOM, **on)).task
     with pytest.raises(errors.UserError, match="config.model.target_weights: nothing at"):
-        loop.train(programs.config("demo_addp", **stages, **changes), str(tmp_path))
-    config = programs.config("demo_addp", **stages, **changes, model__target_weights=str(workdir))
-    task, params = program.create(config).task, checkpoint.load_params(workdir, ema=True)[0]
-    frozen = task.load_frozen()
+        task.load_frozen()
+    task = program.create(programs.config("demo_addp", **RANDOM, **on, model__target_weights=str(root / "addp"))).task
+    frozen, params = task.load_frozen(), checkpoint.load_params(root / "addp", ema=True)[0]
     jax.tree.map(np.testing.assert_array_equal, frozen["target"], params["pixel_to_token"]["encoder"])
-    loss = jax.jit(lambda frozen: task.loss(params, frozen, batch(), KEY, True)[1]["alignment"])
-    averaging = build(**ON)[0].task
-    averaged = jax.jit(lambda frozen: averaging.loss(params, frozen | {tasks.AVERAGE: params}, batch(), KEY, True)[1]["alignment"])
-    np.testing.assert_allclose(loss(frozen), averaged(frozen), rtol=ROUNDING)
-    loop.train(config, str(tmp_path / "run"))
+    image = images.to_unit(batch()["image"])
+    expected = build(**ON)[0].task._targets({tasks.AVERAGE: params}, image)
+    np.testing.assert_array_equal(task._targets(frozen, image), expected)
+    assert not task.average_for and {"pixel_to_token", "alignment"} == jax.eval_shape(task.init, KEY).keys()
