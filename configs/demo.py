@@ -21,7 +21,7 @@ def networks(arg: str) -> base.Networks:
 def run(task, model, steps, batch_size, lr):
     """Plain generated shapes, AdamW with a short warm-up. `lr` is the learning rate itself."""
     config = base.run(task, model, batch_size=batch_size, steps=steps, log_every=20, eval_every=max(steps // 4, 1))
-    config.data.update(source="shapes", path="", plain=True, crop_scale=(1.0, 1.0), threads=1)
+    config.data.update(source="shapes", path="", shapes="plain", crop_scale=(1.0, 1.0), threads=1)
     config.optim.update(base_lr=lr * 256 / batch_size, warmup_steps=min(50, steps // 10), betas=(0.9, 0.98), clip_norm=1.0)
     config.checkpoint.every = 200
     return config

@@ -26,7 +26,7 @@ def get_config(arg=""):
     )  # fmt: skip
     config = demo.run("detection", model, 1600, 8, 1e-3)
     coco.finetune(config, layer_decay=1.0)
-    config.data.update(plain=False, max_objects=5, num_eval=500, flip=True, threads=2)
+    config.data.update(shapes="full", max_objects=5, num_eval=500, flip=True, threads=2)
     config.optim.update(warmup_steps=100, weight_decay=0.05, clip_norm=1.0, schedule="cosine", warmup_from=0.0)
     config.update(eval_every=400, eval_batches=8)
     return demo.sized(config, arg)

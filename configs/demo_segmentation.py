@@ -22,7 +22,7 @@ def get_config(arg=""):
     net = segmenter.Config(encoder, channels=32, auxiliary_channels=16, num_classes=1 + demo.NUM_CLASSES, dropout=0.0)
     config = demo.run("segmentation", segmentation.Config(net, scale=(0.75, 1.5), largest_share=1.0), 2000, 8, 2e-3)
     ade20k.finetune(config)
-    config.data.update(plain=False, max_objects=5, num_eval=200, flip=True, threads=2)
+    config.data.update(shapes="full", max_objects=5, num_eval=200, flip=True, threads=2)
     config.optim.update(warmup_steps=100, warmup_from=0.0, clip_norm=1.0)
     config.update(eval_every=500, eval_batches=8)
     return demo.sized(config, arg)

@@ -42,7 +42,11 @@ class Config:
     crop_scale: tuple[float, float] = (0.2, 1.0)  # area of the random resized crop (release: main_pretrain.py)
     flip: bool = True  # horizontally, half of the training images
     max_objects: int = schema.field(1, least=1)  # shapes: objects per picture
-    plain: bool = False  # shapes: large, upright, one of four colours, on grey
+    # shapes: plain (large, upright, one of four colours, on grey) | full (bright on quiet backgrounds) | textured (any pose
+    # and colour, textures everywhere, distractors, occlusion)
+    shapes: str = schema.field(
+        "full", choices=("plain", "full", "textured"), former=("plain", {True: "plain", False: "full"})
+    )
     # label_maps and what is made from shapes, see `data.segmentation.Labels`.
     ignored_label: int = schema.field(255, least=0, most=255)  # pixels of no class
     shift_labels: bool = False  # 0 = other, ignored; k = class k - 1

@@ -1,4 +1,4 @@
-"""A generated data set: bright shapes on quiet backgrounds, with boxes and masks.
+"""A generated data set: shapes of eight classes, with boxes and masks.
 
 Example i is drawn from (seed, i) when it is asked for: no files, no download. Outlines are signed distances in a frame
 where the shape has about radius 1 (negative inside), which gives antialiased edges and exact masks in a few array
@@ -7,16 +7,20 @@ operations.
 
 import colorsys
 import dataclasses
+import math
+from collections.abc import Callable
 
 import numpy as np
 
-from addp_jax.data import sources
+from addp_jax.data import clutter, sources
 
 SEEDS, SIZES = {"train": 0, "eval": 1}, {"train": 50_000, "eval": 2_000}  # of the splits
 
 # RGB 0..255. Light colours go on dark backgrounds and the other way round.
 LIGHT = (255, 214, 10), (255, 149, 40), (150, 230, 60), (70, 215, 240), (255, 135, 190)  # yellow orange lime cyan pink
 DARK = (215, 30, 45), (30, 80, 210), (10, 125, 65), (115, 40, 165), (190, 15, 115)  # red blue green purple magenta
+BEHIND, ON_TOP = (2, 6), (0, 3)  # pieces of no class in a textured picture: at least, fewer than
+HIDDEN = 0.2  # share of an object's visible part that a piece on top may hide
 _TEXTURES = ("plain", "stripes", "dots", "checker")
 _TEXTURE_ODDS = (0.55, 0.15, 0.15, 0.15)
 
@@ -73,18 +77,19 @@ def _texture(kind: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Object:
+    """`label` and `outline` agree, but for a piece of no class."""
+
     label: int
     centre: np.ndarray  # (y, x), fraction of the side
     radius: float  # fraction of the side
     turn: float  # radians
-    colour: np.ndarray  # RGB 0..1
-    second: np.ndarray  # RGB 0..1
-    texture: str
+    paint: clutter.Paint  # of u, v in the frame of the outline
+    outline: Callable  # (u, v) -> signed distance
 
 
 def open_split(config, split: str, image_size: int) -> sources.Source:
     size = (config.num_train if split == "train" else config.num_eval) or SIZES[split]
-    return Shapes(size, SEEDS[split], image_size, config.max_objects, config.plain)
+    return Shapes(size, SEEDS[split], image_size, config.max_objects, config.shapes)
 
 
 class Shapes(sources.Source):
@@ -106,14 +111,18 @@ class Shapes(sources.Source):
     Args:
       seed: another seed is another data set.
       image_size: side S in pixels.
-      plain: the easiest pictures: one large upright shape of one of four colours near the middle, on plain grey.
+      shapes: how hard the pictures are.
+        plain     one large upright shape of one of four colours near the middle, on plain grey
+        full      tilted by some 17 degrees, bright on quiet backgrounds or the other way round, some with a pattern
+        textured  anywhere, turned by any angle, of any hues; a texture on a texture, among pieces of no class, of which up
+                  to two lie on top and hide at most a fifth each of an object: no colour or pixel tells the class
     """
 
     classes, labelled, has_objects, has_label_maps = CLASSES, True, True, True
 
-    def __init__(self, num_examples: int, seed: int, image_size: int, max_objects: int = 1, plain: bool = False):
+    def __init__(self, num_examples: int, seed: int, image_size: int, max_objects: int = 1, shapes: str = "full"):
         self.num_examples, self.seed = num_examples, seed
-        self.image_size, self.max_objects, self.plain = image_size, max_objects, plain
+        self.image_size, self.max_objects, self.shapes = image_size, max_objects, shapes
 
     def __len__(self) -> int:
         return self.num_examples
@@ -122,18 +131,25 @@ class Shapes(sources.Source):
         return repr(self)
 
     def __repr__(self) -> str:
-        return f"Shapes({self.num_examples}, {self.seed}, {self.image_size}, {self.max_objects}, {self.plain})"
+        return f"Shapes({self.num_examples}, {self.seed}, {self.image_size}, {self.max_objects}, {self.shapes!r})"
 
     def __getitem__(self, i: int) -> dict:
         if not 0 <= i < self.num_examples:
             raise IndexError(i)
         rng = np.random.default_rng((self.seed, int(i)))
         on_dark = rng.random() < 0.5
-        objects = _arrange(rng, int(i) % len(CLASSES), LIGHT if on_dark else DARK, self.max_objects, self.plain)
-        canvas = _background(rng, self.image_size, on_dark, self.plain)
+        objects = _arrange(rng, int(i) % len(CLASSES), on_dark, self.max_objects, self.shapes)
+        canvas = _background(rng, self.image_size, on_dark, self.shapes)
         masks = np.zeros((self.max_objects, self.image_size, self.image_size), bool)
+        if self.shapes == "textured":
+            for _ in range(rng.integers(*BEHIND)):
+                _draw(canvas, masks, None, _piece(rng, rng.random(2)))
         for slot, thing in enumerate(objects):
             _draw(canvas, masks, slot, thing)
+        if self.shapes == "textured":
+            for _ in range(rng.integers(*ON_TOP)):
+                thing = objects[rng.integers(len(objects))]
+                _draw(canvas, masks, None, _piece(rng, thing.centre + thing.radius * rng.uniform(-1, 1, 2)))
         return {
             "image": np.rint(np.clip(canvas, 0, 1) * 255).astype(np.uint8),
             "label": np.int32(objects[0].label),
@@ -144,33 +160,46 @@ class Shapes(sources.Source):
         }
 
 
-def _arrange(rng: np.random.Generator, label: int, palette: tuple, max_objects: int, plain: bool) -> list[_Object]:
+def _arrange(rng: np.random.Generator, label: int, on_dark: bool, max_objects: int, shapes: str) -> list[_Object]:
     count = int(rng.integers(1, max_objects + 1))
-    if plain:
+    palette = LIGHT if on_dark else DARK
+    if shapes == "plain":
         palette = palette[::3]
         radii, spread = rng.uniform(0.7, 0.8, count) / 2, 0.25
     elif max_objects == 1:
-        radii, spread = rng.uniform(0.45, 0.8, 1) / 2, 0.5
+        textured = shapes == "textured"
+        radii, spread = rng.uniform(*((0.3, 0.7) if textured else (0.45, 0.8)), 1) / 2, 1.0 if textured else 0.5
     else:
         radii, spread = -np.sort(-rng.uniform(0.09, 0.24, count)), 1.0
         radii[0] = max(radii[0], 0.16)
     colours = rng.permutation(len(palette))
-    tone = 1.0 if palette is DARK else 0.0
     objects = []
-    for k, radius in enumerate(radii):
-        colour = np.array(palette[colours[k % len(palette)]]) / 255
-        objects.append(
-            _Object(
-                label=label if k == 0 else int(rng.integers(len(CLASSES))),
-                centre=_place(rng, radius, spread, objects),
-                radius=float(radius),
-                turn=0.0 if plain else float(rng.normal(0, 0.3)),
-                colour=colour,
-                second=colour + 0.38 * (tone - colour),
-                texture="plain" if plain else str(rng.choice(_TEXTURES, p=_TEXTURE_ODDS)),
-            )
-        )
+    for k, radius in enumerate(radii.tolist()):
+        label = label if k == 0 else int(rng.integers(len(CLASSES)))
+        centre = _place(rng, radius, spread, objects)
+        if shapes == "textured":
+            turn = rng.uniform(0, 2 * math.pi)
+            paint = clutter.paint(rng, rng.uniform(*(clutter.BRIGHT if on_dark else clutter.DARK)), radius)
+        else:
+            turn = 0.0 if shapes == "plain" else float(rng.normal(0, 0.3))
+            texture = "plain" if shapes == "plain" else str(rng.choice(_TEXTURES, p=_TEXTURE_ODDS))
+            paint = _two_tone(np.array(palette[colours[k % len(palette)]]) / 255, 0.0 if on_dark else 1.0, texture)
+        objects.append(_Object(label, centre, radius, turn, paint, DISTANCES[CLASSES[label]]))
     return objects
+
+
+def _two_tone(colour: np.ndarray, tone: float, texture: str) -> clutter.Paint:
+    """`colour` (RGB 0..1), in part mixed with the grey `tone`."""
+    if texture == "plain":
+        return lambda u, v: colour
+    second = colour + 0.38 * (tone - colour)
+    return lambda u, v: colour + _texture(texture, u, v)[:, :, None] * (second - colour)
+
+
+def _piece(rng: np.random.Generator, centre: np.ndarray) -> _Object:
+    radius, luma = rng.uniform(0.1, 0.3), rng.uniform(clutter.DARK[0], clutter.BRIGHT[1])
+    outline = clutter.PIECES[rng.integers(len(clutter.PIECES))]
+    return _Object(-1, centre, radius, rng.uniform(0, 2 * math.pi), clutter.paint(rng, luma, radius), outline)
 
 
 def _place(rng: np.random.Generator, radius: float, spread: float, others: list[_Object]) -> np.ndarray:
@@ -183,9 +212,13 @@ def _place(rng: np.random.Generator, radius: float, spread: float, others: list[
     return centre
 
 
-def _background(rng: np.random.Generator, size: int, dark: bool, plain: bool) -> np.ndarray:
+def _background(rng: np.random.Generator, size: int, dark: bool, shapes: str) -> np.ndarray:
     """Two muted shades of one hue, mixed plainly, by a gradient or by a soft pattern: [S,S,3] in 0..1."""
-    if plain:
+    if shapes == "textured":
+        y, x = np.ogrid[0 : 1 : size * 1j, 0 : 1 : size * 1j]
+        luma = rng.uniform(*(clutter.DARK if dark else clutter.BRIGHT))
+        return clutter.paint(rng, luma, 1.0)(x.astype(np.float32), y.astype(np.float32))
+    if shapes == "plain":
         return np.full((size, size, 3), 0.12 if dark else 0.93, np.float32)
     lightness = rng.uniform(0.13, 0.2) if dark else rng.uniform(0.84, 0.92)
     hue, step = rng.random(), 0.07
@@ -207,8 +240,11 @@ def _background(rng: np.random.Generator, size: int, dark: bool, plain: bool) ->
     return first + share[:, :, None] * (second - first)
 
 
-def _draw(canvas: np.ndarray, masks: np.ndarray, slot: int, thing: _Object):
-    """Paints one object over the canvas [S,S,3] and the masks [N,S,S], in place."""
+def _draw(canvas: np.ndarray, masks: np.ndarray, slot: int | None, thing: _Object):
+    """Paints one object over the canvas [S,S,3] and the masks [N,S,S], in place.
+
+    slot: its place in the masks; None for a piece of no class, which is left out where it would hide too much.
+    """
     size = len(canvas)
     low = np.maximum(np.floor((thing.centre - 1.3 * thing.radius) * size).astype(int), 0)
     high = np.ceil((thing.centre + 1.3 * thing.radius) * size).astype(int) + 1
@@ -217,13 +253,14 @@ def _draw(canvas: np.ndarray, masks: np.ndarray, slot: int, thing: _Object):
     y, x = y[:, None].astype(np.float32) / thing.radius, x[None, :].astype(np.float32) / thing.radius
     cos, sin = np.cos(thing.turn), np.sin(thing.turn)
     u, v = np.float32(cos) * x + np.float32(sin) * y, np.float32(cos) * y - np.float32(sin) * x
-    cover = np.clip(0.5 - DISTANCES[CLASSES[thing.label]](u, v) * (thing.radius * size), 0, 1)
-    paint = thing.colour
-    if thing.texture != "plain":
-        paint = paint + _texture(thing.texture, u, v)[:, :, None] * (thing.second - paint)
-    canvas[window] += cover[:, :, None] * (paint - canvas[window])
-    masks[(slice(None), *window)] &= cover < 0.5
-    masks[(slot, *window)] = cover >= 0.5
+    cover = np.clip(0.5 - thing.outline(u, v) * (thing.radius * size), 0, 1)
+    covered = cover >= 0.5
+    if slot is None and ((masks[(slice(None), *window)] & covered).sum((1, 2)) > HIDDEN * masks.sum((1, 2))).any():
+        return
+    canvas[window] += cover[:, :, None] * (thing.paint(u, v) - canvas[window])
+    masks[(slice(None), *window)] &= ~covered
+    if slot is not None:
+        masks[(slot, *window)] = covered
 
 
 def _box(mask: np.ndarray) -> np.ndarray:

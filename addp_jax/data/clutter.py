@@ -1,0 +1,60 @@
+"""Textures, colours and pieces of no class: they hide generated shapes from whoever looks at colours only."""
+
+import colorsys
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+Paint = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (u, v), which broadcast -> RGB 0..1 [...,3]
+
+LUMA = np.array([0.299, 0.587, 0.114])  # of RGB (ITU-R BT.601)
+DARK, BRIGHT = (0.14, 0.34), (0.64, 0.86)  # luma of what stands out against the other
+DEPTH = (0.03, 0.12)  # half the difference in luma between the two colours of a texture
+WAVELENGTH = (0.08, 0.4)  # of a texture, fraction of the picture's side
+
+
+def _zigzag(u, v):
+    ramp = np.abs(np.mod(1.5 * u + 0.5, 2) - 1) - 0.5  # -0.5..0.5, three slopes
+    return np.maximum(0.8 * np.abs(v - 0.7 * ramp) - 0.14, np.abs(u) - 0.95)
+
+
+PIECES = (  # (u, v) -> about the signed distance to an outline of radius 1; none of them is a class of `sources.shapes`
+    lambda u, v: np.maximum(np.abs(u) - 0.95, np.abs(v) - 0.2),  # bar
+    lambda u, v: np.hypot(u, np.abs(v) + 0.9) - 1.3,  # leaf
+    lambda u, v: np.maximum(np.abs(np.maximum(u, v) - 0.45) - 0.2, -0.75 - np.minimum(u, v)),  # corner
+    _zigzag,
+)
+
+PATTERNS = (  # (a, b), phases along and across -> about -1..1
+    lambda a, b: np.sin(a),  # stripes
+    lambda a, b: np.sin(a + 1.5 * np.sin(0.4 * b)),  # ripples
+    lambda a, b: 2 * np.sin(a) * np.sin(b),  # checker
+    lambda a, b: np.cos(a) + np.cos(b) - 0.7,  # dots
+    lambda a, b: np.sin(a) + np.sin(0.6 * a + 0.9 * b) + np.sin(0.5 * a - 0.8 * b),  # blotches
+)
+
+
+def paint(rng: np.random.Generator, luma: float, unit: float) -> Paint:
+    """A random texture of two colours of about this luma; `unit`: what 1 in u and v is, fraction of the picture's side."""
+    depth = rng.uniform(*DEPTH)
+    first, second = _colour(rng, luma - depth), _colour(rng, luma + depth)
+    pattern = PATTERNS[rng.integers(len(PATTERNS))]
+    angle, start, across = rng.uniform(0, 2 * math.pi, 3).tolist()
+    rate = 2 * math.pi * unit / (WAVELENGTH[0] * (WAVELENGTH[1] / WAVELENGTH[0]) ** rng.random())
+    sharpness = rng.uniform(0.4, 2)
+    cos, sin = rate * math.cos(angle), rate * math.sin(angle)
+
+    def painted(u, v):
+        share = np.clip(0.5 + sharpness * pattern(cos * u + sin * v + start, cos * v - sin * u + across), 0, 1)
+        return first + share[..., None] * (second - first)
+
+    return painted
+
+
+def _colour(rng: np.random.Generator, luma: float) -> np.ndarray:
+    """RGB 0..1, float32 [3], of any hue and of this luma."""
+    pure = np.array(colorsys.hls_to_rgb(rng.random(), 0.5, rng.uniform(0.3, 1)))
+    own = LUMA @ pure
+    mixed = pure * (luma / own) if luma < own else pure + (1 - pure) * ((luma - own) / (1 - own))
+    return mixed.astype(np.float32)
