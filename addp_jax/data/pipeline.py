@@ -42,8 +42,8 @@ class Config:
     crop_scale: tuple[float, float] = (0.2, 1.0)  # area of the random resized crop (release: main_pretrain.py)
     flip: bool = True  # horizontally, half of the training images
     max_objects: int = schema.field(1, least=1)  # shapes: objects per picture
-    # shapes: plain (large, upright, one of four colours, on grey) | full (bright on quiet backgrounds) | textured (any pose
-    # and colour, textures everywhere, distractors, occlusion)
+    # shapes: plain (large, upright, one of four colours, on grey) | full (bright on quiet backgrounds) | textured (any
+    # pose and colour, textures everywhere, distractors, occlusion)
     shapes: str = schema.field(
         "full", choices=("plain", "full", "textured"), former=("plain", {True: "plain", False: "full"})
     )

@@ -114,8 +114,8 @@ class Shapes(sources.Source):
       shapes: how hard the pictures are.
         plain     one large upright shape of one of four colours near the middle, on plain grey
         full      tilted by some 17 degrees, bright on quiet backgrounds or the other way round, some with a pattern
-        textured  anywhere, turned by any angle, of any hues; a texture on a texture, among pieces of no class, of which up
-                  to two lie on top and hide at most a fifth each of an object: no colour or pixel tells the class
+        textured  anywhere, turned by any angle, of any hues; a texture on a texture, among pieces of no class, of which
+                  up to two lie on top and hide at most a fifth each of an object: no colour or pixel tells the class
     """
 
     classes, labelled, has_objects, has_label_maps = CLASSES, True, True, True
