@@ -9,7 +9,7 @@ from configs import demo
 
 
 def get_config(arg=""):
-    model = linear_probe.Config(demo.networks(arg).encoder(), num_classes=demo.NUM_CLASSES)
+    model = linear_probe.Config(encoder=demo.networks(arg).encoder(), num_classes=demo.NUM_CLASSES)
     config = demo.run("linear_probe", model, 500, 256, 1e-2)
     config.data.num_train = 4000
     config.optim.weight_decay = 0.0

@@ -14,7 +14,7 @@ from configs import base
 
 def get_config(arg="b"):
     encoder = base.published(arg).encoder(dropout=0.0, input_dropout=0.0)
-    config = base.run("linear_probe", linear_probe.Config(encoder), batch_size=4096, epochs=90.0, eval_batches=0)
+    config = base.run("linear_probe", linear_probe.Config(encoder=encoder), batch_size=4096, epochs=90.0, eval_batches=0)
     # MAGE's main_linprobe.py
     base_lr = {"b": 0.1, "l": 0.05}[base.size(arg)]
     config.optim.update(optimizer="lars", base_lr=base_lr, weight_decay=0.0, clip_norm=0.0, warmup_epochs=10.0)

@@ -18,7 +18,7 @@ from addp_jax.models import heads, vit
 from addp_jax.tasks import linear_probe
 
 ENCODER = vit.Config(16, 3, 2, dropout=0.0, image_size=16, patch_size=4, input_dropout=0.0)
-CONFIG = linear_probe.Config(ENCODER, num_classes=8, encoder_weights="random", neighbours=3)
+CONFIG = linear_probe.Config(num_classes=8, encoder=ENCODER, encoder_weights="random", neighbours=3)
 SHAPES = pipeline.Config(num_train=48, num_eval=24, threads=0)
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 

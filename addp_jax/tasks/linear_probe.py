@@ -31,15 +31,11 @@ BATCH_SIZE = 256  # images whose features are computed at a time
 
 
 @schema.config
-class Config:
-    """Fields of `config.model`."""
+class Common:
+    """Fields of `config.model`, whatever makes the features."""
 
-    encoder: vit.Config = vit.Config()  # as pre-trained: with its input and final LayerNorm
     num_classes: int = schema.field(1000, least=1)  # C
-    # Run folder or weight file of ADDP; "random" for the chance level. Its content matters, not its path.
-    encoder_weights: str = schema.frozen_weights()
     cache: str = schema.field("runs/features", matters=schema.NOTHING)  # folder of the computed features
-    block: int = -1  # whose output is taken, from 1; -1 = the last, after the final LayerNorm
     pooling: str = schema.field("mean", choices=heads.POOLINGS)  # mean (of the patches) | class (the class token)
     crop_pct: float = schema.field(1.0, above=0, most=1)  # of the resized short side that the centre crop keeps
     shots: int = schema.field(0, least=0, matters=schema.TRAINING)  # training examples per class; 0 = all
@@ -47,39 +43,42 @@ class Config:
     neighbours: int = schema.field(20, least=0, matters=schema.NOTHING, tiny=5)  # k of the k-NN classifier; 0 = none
     temperature: float = schema.field(0.07, above=0, matters=schema.NOTHING)  # of its weighted vote
 
+
+@schema.config
+class Config(Common):
+    """Fields of `config.model`."""
+
+    encoder: vit.Config = vit.Config()  # as pre-trained: with its input and final LayerNorm
+    # Run folder or weight file of ADDP; "random" for the chance level. Its content matters, not its path.
+    encoder_weights: str = schema.frozen_weights()
+    block: int = -1  # whose output is taken, from 1; -1 = the last, after the final LayerNorm
+
     def __post_init__(self):
         if not (self.block == -1 or 1 <= self.block <= self.encoder.depth):
             raise ValueError(f"block: {self.block}; use 1 to {self.encoder.depth}, or -1")
 
 
-class Task(tasks.Classifier):
-    """See `addp_jax.tasks`."""
+class Probe(tasks.Classifier):
+    """A task whose `features` come from `_encoder` alone, networks that are not trained."""
 
     layout = heads.PROBE_LAYOUT
     features_are_frozen = True
+    _encoder: dict  # parameters
 
-    def __init__(self, config: Config, dtype):
-        self.config, self.dtype = config, dtype
-        self.image_size = config.encoder.image_size
+    def __init__(self, config: Common, dtype, image_size: int, width: int, settings: tuple):
+        """width: D of the features. settings: whatever else they depend on, besides `_encoder` and the images."""
+        self.config, self.dtype, self.image_size, self.width, self.settings = config, dtype, image_size, width, settings
         self.num_classes, self.crop_pct = config.num_classes, config.crop_pct
-        self.block = config.encoder.depth if config.block == -1 else config.block
         self.net = heads.LinearProbe(config.num_classes)
         self.opened = {}  # {split: its features}; the k-NN classifier looks in those of "train"
         self._logits = jax.jit(lambda params, rows: self.net.apply({"params": params["linear_probe"]}, rows))
 
     @property
     def example(self):
-        width = self.config.encoder.width
-        return {"features": jax.ShapeDtypeStruct((width,), np.float32), "label": jax.ShapeDtypeStruct((), np.int32)}
+        return {"features": jax.ShapeDtypeStruct((self.width,), np.float32), "label": jax.ShapeDtypeStruct((), np.int32)}
 
     def init(self, rng):
-        return {"linear_probe": self.net.init(rng, jnp.zeros((1, self.config.encoder.width)))["params"]}
-
-    @functools.cached_property
-    def _encoder(self):
-        net = vit.VisionTransformer(self.config.encoder, self.dtype)
-        init = lambda rng: net.init(rng, jnp.zeros((1, self.image_size, self.image_size, 3)))["params"]
-        return encoder.load(self.config.encoder_weights, init, self.config.encoder, "config.model.encoder_weights")
+        return {"linear_probe": self.net.init(rng, jnp.zeros((1, self.width)))["params"]}
 
     def load_frozen(self):
         return {"encoder": self._encoder}
@@ -107,7 +106,7 @@ class Task(tasks.Classifier):
         config = self.config
         source = pipeline.open_source(data, split, self.image_size)
         tasks.check_classes(source, self.num_classes, "config.model.num_classes")
-        settings = config.encoder, self.block, config.pooling, config.crop_pct, jnp.dtype(self.dtype).name
+        settings = *self.settings, config.pooling, config.crop_pct, jnp.dtype(self.dtype).name
         key = features.identity(parameters.content_hash(self._encoder), source.fingerprint(times=True), repr(settings))
         files.require_writable(config.cache, "config.model.cache")
         found = features.cached(config.cache, key, source, lambda: self._compute(source, data))
@@ -130,10 +129,6 @@ class Task(tasks.Classifier):
         logits = self._logits(params, batch["features"])
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
         return loss, {"loss": loss}
-
-    def features(self, params, frozen, image):
-        config = self.config
-        return heads.block_features(config.encoder, frozen["encoder"], images.to_unit(image), self.block, config.pooling, self.dtype)
 
     def logits(self, params, frozen, image):
         return self._logits(params, self.features(params, frozen, image))
@@ -161,6 +156,24 @@ class Task(tasks.Classifier):
 
     def transform(self, split: str, data: pipeline.Config):
         return as_it_is
+
+
+class Task(Probe):
+    """See `addp_jax.tasks`."""
+
+    def __init__(self, config: Config, dtype):
+        self.block = config.encoder.depth if config.block == -1 else config.block
+        super().__init__(config, dtype, config.encoder.image_size, config.encoder.width, (config.encoder, self.block))
+
+    @functools.cached_property
+    def _encoder(self):
+        net = vit.VisionTransformer(self.config.encoder, self.dtype)
+        init = lambda rng: net.init(rng, jnp.zeros((1, self.image_size, self.image_size, 3)))["params"]
+        return encoder.load(self.config.encoder_weights, init, self.config.encoder, "config.model.encoder_weights")
+
+    def features(self, params, frozen, image):
+        config = self.config
+        return heads.block_features(config.encoder, frozen["encoder"], images.to_unit(image), self.block, config.pooling, self.dtype)
 
 
 def as_it_is(example: dict, rng: np.random.Generator) -> dict:
