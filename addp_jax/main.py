@@ -56,7 +56,7 @@ def parse(argv):
     except errors.UserError as error:
         text = str(error)
     except Exception as error:
-        text = unfolded(error)
+        text = unknown_field(error, argv) or unfolded(error)
     print("error:", files.printable(text, MESSAGE_LENGTH), file=sys.stderr)
     sys.exit(2)
 
@@ -69,6 +69,16 @@ def unfolded(error: Exception) -> str:
     if isinstance(error, (flags.Error, ValueError)) and text:
         return text
     return f"--config={CONFIG_ARGUMENT.get('path', '')}: {type(error).__name__}: {text}"
+
+
+def unknown_field(error: Exception, argv) -> str:
+    """What to say where a flag sets a field that the config does not have; "" for other errors."""
+    # ml_collections folds one error into another, whose line break is then escaped.
+    found = re.search(r"""'(\w+)\\?'(?:(?:\\n|\s)+Did you mean "(\w+)")?""", str(error)) if isinstance(error, (AttributeError, KeyError)) else None
+    for flag in (argument.split("=")[0] for argument in argv if found and re.match(r"--?config\.", argument)):
+        if found[1] in flag.split("."):
+            return f"{flag}: no such field" + (f"; did you mean {found[2]}?" if found[2] else "")
+    return ""
 
 
 CONFIG_ARGUMENT = {}  # {"path": of the config file}, once the arguments were looked at

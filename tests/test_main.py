@@ -115,7 +115,9 @@ def test_the_home_folder_is_meant_by_a_tilde(tmp_path):
 
 
 def test_a_misspelt_field_is_named(tmp_path):
-    assert_refused(TINY, f"--workdir={tmp_path}", "--config.data.sorce=shapes", names=("sorce",))
+    assert_refused(TINY, f"--workdir={tmp_path}", "--config.data.sorce=shapes", names=("error: --config.data.sorce: no such field; did you mean source?",))
+    assert_refused(TINY, f"--workdir={tmp_path}", "--config.data.plain=True", names=("error: --config.data.plain: no such field",))
+    assert_refused(TINY, f"--workdir={tmp_path}", "--config.dat.source", "shapes", names=("error: --config.dat.source: no such field",))
 
 
 def test_a_missing_data_folder_is_named(tmp_path):
