@@ -61,15 +61,14 @@ def config(cls: type) -> type:
 
 def field(
     default=dataclasses.MISSING, *, least=-math.inf, most=math.inf, above=-math.inf, below=math.inf, choices=(),
-    matters=NETWORK, tiny=None, former=None,
+    matters=NETWORK, tiny=None,
 ):  # fmt: skip
     """A dataclass field for numbers in [least, most], larger than `above` and smaller than `below`, or for one of `choices`.
 
-    matters: what depends on it. tiny: its value in a run that takes seconds, where that is another. former: (name, {value
-    then: value now}) of the field in older configs.
+    matters: what depends on it. tiny: its value in a run that takes seconds, where that is another.
     """
     limits = {"least": least, "most": most, "above": above, "below": below, "choices": tuple(choices)}
-    metadata = {**limits, "matters": matters, "tiny": tiny, "former": former}
+    metadata = {**limits, "matters": matters, "tiny": tiny}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -122,7 +121,7 @@ def build(cls, fields: Mapping, where: str = "config"):
     if issubclass(cls, Named):
         cls = chosen(cls, fields.get("name", cls.name), where)
     known = {field.name: field for field in dataclasses.fields(cls)}
-    hints, fields = typing.get_type_hints(cls), _renamed(known, fields, where)
+    hints = typing.get_type_hints(cls)
     for name in fields:
         if name not in known:
             guess = difflib.get_close_matches(name, known, 1)
@@ -137,20 +136,6 @@ def build(cls, fields: Mapping, where: str = "config"):
         return cls(**values)
     except ValueError as error:  # of a dataclass: begins with the name of the field
         raise errors.UserError(f"{where}.{error}") from error
-
-
-def _renamed(known: Mapping[str, dataclasses.Field], fields: Mapping, where: str) -> dict:
-    """`fields` with those that were renamed under the present name. Raises UserError if it has both, or another value."""
-    fields = dict(fields)
-    for name, entry in known.items():
-        old, values = entry.metadata.get("former") or ("", {})
-        if old in fields:
-            value = fields.pop(old)
-            if name in fields or value not in tuple(values):
-                now = ", ".join(f"{new!r} for {old_value!r}" for old_value, new in values.items())
-                raise errors.UserError(f"{where}.{old}: this field is {where}.{name} now; use {now}")
-            fields[name] = values[value]
-    return fields
 
 
 def check_range(value, entry: dataclasses.Field) -> None:

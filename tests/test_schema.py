@@ -80,18 +80,6 @@ def test_unknown_fields_that_resemble_nothing_list_the_known_ones():
     assert message(data={"path": "x", "qqq": 1}).endswith("config.data.qqq: no such field; the fields are path, betas, sizes")
 
 
-def test_a_renamed_field_keeps_its_meaning_in_older_configs():
-    @schema.config
-    class Data:
-        shapes: str = schema.field("full", choices=("plain", "full"), former=("plain", {True: "plain", False: "full"}))
-
-    assert [schema.build(Data, {"plain": value}).shapes for value in (True, False)] == ["plain", "full"]
-    for fields in ({"plain": True, "shapes": "full"}, {"plain": []}):
-        with pytest.raises(errors.UserError) as caught:
-            schema.build(Data, fields)
-        assert str(caught.value) == "config.plain: this field is config.shapes now; use 'plain' for True, 'full' for False"
-
-
 def test_missing_fields_are_named():
     assert message(data={}) == "config.data.path: this field has no value"
     with pytest.raises(errors.UserError, match="config.model.data: this field has no value"):

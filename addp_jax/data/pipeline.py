@@ -44,9 +44,7 @@ class Config:
     max_objects: int = schema.field(1, least=1)  # shapes: objects per picture
     # shapes: plain (large, upright, one of four colours, on grey) | full (bright on quiet backgrounds) | textured (any
     # pose and colour, textures everywhere, distractors, occlusion)
-    shapes: str = schema.field(
-        "full", choices=("plain", "full", "textured"), former=("plain", {True: "plain", False: "full"})
-    )
+    shapes: str = schema.field("full", choices=("plain", "full", "textured"))
     # label_maps and what is made from shapes, see `data.segmentation.Labels`.
     ignored_label: int = schema.field(255, least=0, most=255)  # pixels of no class
     shift_labels: bool = False  # 0 = other, ignored; k = class k - 1
