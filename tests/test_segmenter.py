@@ -327,6 +327,8 @@ def test_beginnings_are_mmsegmentations():
     channels = CONFIG.channels
     assert std("head/fusion/kernel") == pytest.approx((2 / (9 * channels)) ** 0.5, rel=0.05)
     assert std("classifier/logits/kernel") == pytest.approx(0.01, rel=0.3)
+    wider = segmenter.Classifier(64, 0.0, 0.3).init(jax.random.key(0), jnp.zeros((1, 2, 2, 16)), False)
+    assert np.std(wider["params"]["logits"]["kernel"]) == pytest.approx(0.3, rel=0.1)
     assert not found[f"{block}/attention/relative_positions"].any()
     assert (found[f"{block}/attention_scale"] == 1).all() and (found[f"{block}/mlp_scale"] == 1).all()
     assert not found["head/fusion/norm/running_mean"].any() and (found["head/fusion/norm/running_var"] == 1).all()

@@ -30,6 +30,8 @@ class Config:
     auxiliary_channels: int = schema.field(256, least=1, tiny=8)  # of the second head
     num_classes: int = schema.field(150, least=1)  # C
     dropout: float = schema.field(0.1, least=0, below=1, matters=schema.TRAINING)  # of whole channels
+    # Deviation of the logits' weights at the start. Few channels want more: through these weights the gradient passes.
+    logits_std: float = schema.field(0.01, above=0, matters=schema.TRAINING)
 
 
 class ConvNorm(nn.Module):
@@ -99,13 +101,14 @@ class Classifier(nn.Module):
 
     num_classes: int
     dropout: float
+    std: float
 
     @nn.compact
     def __call__(self, features, train: bool):
         """[B,h,w,channels] -> float32 [B,h,w,C]."""
         channels = jnp.ones((len(features), 1, 1, features.shape[-1]), features.dtype)
         features = features * Dropout(self.dropout)(channels, train)
-        return detector.output(self.num_classes, "logits", 0.01)(features)
+        return detector.output(self.num_classes, "logits", self.std)(features)
 
 
 class Segmenter(nn.Module):
@@ -120,8 +123,8 @@ class Segmenter(nn.Module):
         self.neck = Neck(self.dtype)
         self.head = UperHead(config.channels, self.dtype)
         self.auxiliary = ConvNorm(config.auxiliary_channels, 3, self.dtype)
-        self.classifier = Classifier(config.num_classes, config.dropout)
-        self.auxiliary_classifier = Classifier(config.num_classes, config.dropout)
+        self.classifier = Classifier(config.num_classes, config.dropout, config.logits_std)
+        self.auxiliary_classifier = Classifier(config.num_classes, config.dropout, config.logits_std)
 
     def __call__(self, image, size=None, train: bool = False):
         """`image` [B,S,S,3] in [0,1], `size` int32 [B,2] or None, see `beit.Encoder` -> see `from_taps`."""
