@@ -20,7 +20,7 @@ class Net(nn.Module):
 
 
 class Task:
-    net = Net()
+    net, average_for = Net(), ""
 
     def init(self, rng):
         return {"net": self.net.init(rng, jnp.zeros((2, 3, 3, 4)), False)["params"]}

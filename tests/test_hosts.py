@@ -58,7 +58,7 @@ def test_a_mount_that_is_gone_ends_all_with_a_status_that_asks_for_a_new_try(tmp
     for status, _, problems in ends:
         assert status == 75 and "Traceback" not in problems, problems
         assert "error: process 1 of 2: cannot read " in problems and "Input/output error" in problems
-    assert seconds < 2 * MINUTE
+    assert seconds < 5 * MINUTE  # of which most is the start on a loaded machine
 
 
 def test_a_full_folder_of_temporary_files_stops_no_run(tmp_path, photos):
