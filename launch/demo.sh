@@ -31,12 +31,8 @@ if [ $((size % 8)) -ne 0 ] || [ "$size" -lt 32 ]; then
     exit 2
 fi
 [ -z "$data" ] || [ -d "$data" ] || { echo "error: --data $data: no such folder" >&2; exit 2; }
-here=$PWD
-# shellcheck source=launch/setup.sh
-. "$(dirname "$0")/setup.sh"
-root=$PWD
-cd "$here"
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 # its modules, not those of a present folder with such names
+# shellcheck source=launch/here.sh
+. "$(dirname "$0")/here.sh"
 
 source=()
 [ -z "$data" ] || source=(--config.data.source=image_folder "--config.data.path=$data")

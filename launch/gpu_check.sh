@@ -11,12 +11,8 @@ set -euo pipefail
 output=gpu_check
 [[ ${1:--} == -* ]] || { output=$1; shift; }
 flags=(--config.model.tokenizer_weights=random --config.model.predictor_weights=random --config.mesh.fsdp=1 "$@")
-here=$PWD
-# shellcheck source=launch/setup.sh
-. "$(dirname "$0")/setup.sh"
-root=$PWD
-cd "$here"
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 # its modules, not those of a present folder with such names
+# shellcheck source=launch/here.sh
+. "$(dirname "$0")/here.sh"
 mkdir -p "$output"
 
 for config in ${CONFIGS:-vitb.py vitl.py}; do

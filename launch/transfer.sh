@@ -13,12 +13,8 @@ encoder=runs/demo/addp output=runs/transfer
 [[ ${1:--} == -* ]] || { encoder=$1; shift; }
 [[ ${1:--} == -* ]] || { output=$1; shift; }
 flags=("$@")
-here=$PWD
-# shellcheck source=launch/setup.sh
-. "$(dirname "$0")/setup.sh"
-root=$PWD
-cd "$here"
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 # its modules, not those of a present folder with such names
+# shellcheck source=launch/here.sh
+. "$(dirname "$0")/here.sh"
 mkdir -p "$output"
 
 run() { # name, config, encoder, more flags
