@@ -78,6 +78,11 @@ class VisionTransformer(nn.Module):
         return (tokens, tapped) if tap else tokens
 
 
+def init(config: Config, rng):
+    """Parameters of a `VisionTransformer`; pure."""
+    return VisionTransformer(config).init(rng, jnp.zeros((1, config.image_size, config.image_size, 3)))["params"]
+
+
 def resize_pos_embed(pos_embed, length: int):
     """Position embeddings [1+L,D] for a grid of `length` patches, float32 [1+length,D]; the class token's row is kept.
 

@@ -88,9 +88,7 @@ class Task(tasks.Generator, tasks.Recogniser):
         predictor = weights.load(path, "token_predictor", init, self.config.predictor, field, frozen["tokenizer"])
         frozen |= {"token_predictor": predictor}
         if self.config.alignment.weight and self.config.alignment.target == "network":
-            image = jnp.zeros((1, self.target.image_size, self.target.image_size, 3))
-            init = lambda rng: vit.VisionTransformer(self.target).init(rng, image)["params"]
-            field = "config.model.target_weights"
+            init, field = functools.partial(vit.init, self.target), "config.model.target_weights"
             frozen["target"] = encoder.load(self.config.target_weights, init, self.target, field)
         return frozen
 

@@ -167,9 +167,9 @@ class Task(Probe):
 
     @functools.cached_property
     def _encoder(self):
-        net = vit.VisionTransformer(self.config.encoder, self.dtype)
-        init = lambda rng: net.init(rng, jnp.zeros((1, self.image_size, self.image_size, 3)))["params"]
-        return encoder.load(self.config.encoder_weights, init, self.config.encoder, "config.model.encoder_weights")
+        config = self.config
+        init = functools.partial(vit.init, config.encoder)
+        return encoder.load(config.encoder_weights, init, config.encoder, "config.model.encoder_weights")
 
     def features(self, params, frozen, image):
         config = self.config

@@ -109,8 +109,7 @@ def abstract(module, net: Callable) -> Callable:
 
 
 def encoder_shapes(config: vit.Config) -> dict:
-    image = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), np.float32)
-    return {"encoder": jax.eval_shape(vit.VisionTransformer(config).init, jax.random.key(0), image)["params"]}
+    return {"encoder": jax.eval_shape(functools.partial(vit.init, config), jax.random.key(0))}
 
 
 ADDP = Network(
