@@ -74,9 +74,12 @@ def unfolded(error: Exception) -> str:
 def unknown_field(error: Exception, argv) -> str:
     """What to say where a flag sets a field that the config does not have; "" for other errors."""
     # ml_collections folds one error into another, whose line break is then escaped.
-    found = re.search(r"""'(\w+)\\?'(?:(?:\\n|\s)+Did you mean "(\w+)")?""", str(error)) if isinstance(error, (AttributeError, KeyError)) else None
-    for flag in (argument.split("=")[0] for argument in argv if found and re.match(r"--?config\.", argument)):
-        if found[1] in flag.split("."):
+    found = re.search(r"""'(\w+)\\?'(?:(?:\\n|\s)+Did you mean "(\w+)")?""", str(error))
+    if not found or not isinstance(error, (AttributeError, KeyError)):
+        return ""
+    for argument in argv:
+        flag = argument.split("=")[0]
+        if re.match(r"--?config\.", flag) and found[1] in flag.split("."):
             return f"{flag}: no such field" + (f"; did you mean {found[2]}?" if found[2] else "")
     return ""
 
