@@ -254,7 +254,7 @@ def test_logits_are_those_of_both_heads_calls():
 
 
 def test_dropout_drops_whole_channels_and_needs_a_key():
-    drop = segmenter.Classifier(3, 0.5)
+    drop = segmenter.Classifier(3, 0.5, 0.01)
     features = jnp.ones((2, 3, 4, 64))
     state = drop.init(jax.random.key(0), features, False)
     logits = drop.apply(state, features, True, rngs={"dropout": jax.random.key(1)})

@@ -101,7 +101,7 @@ class Classifier(nn.Module):
 
     num_classes: int
     dropout: float
-    std: float = 0.01
+    std: float  # of the weights at the start
 
     @nn.compact
     def __call__(self, features, train: bool):
