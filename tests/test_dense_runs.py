@@ -1,10 +1,12 @@
 """Detection and segmentation in real processes: killed and resumed bit for bit; two processes train and evaluate as one."""
 
+import re
 import sys
 
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 from test_processes import NOISE, Launch, records
 
 from addp_jax.weights import checkpoint
@@ -16,6 +18,8 @@ FLAGS = (
     f"--config.steps={STEPS}", "--config.model.encoder_weights=", "--config.checkpoint.every=2", "--config.eval_batches=0",
     f"--config.eval_every={STEPS}", "--config.data.num_eval=5",
 )  # fmt: skip
+# A BatchNorm takes away what the bias before it adds: the bias' gradient is noise, and the running mean follows it.
+DRIFTING = re.compile(r"neck/up(4_0|4_1|2)/bias|running_mean")
 OWN_FLAGS = {"detection": ("--config.model.score_above=0.0",), "segmentation": ()}
 
 
@@ -46,19 +50,21 @@ def folders(tmp_path_factory, request):
 def parameters(folder):
     params, info = checkpoint.load_params(folder, ema=False)
     assert info["step"] == STEPS
-    return jax.tree.leaves(params)
+    return traverse_util.flatten_dict(params, sep="/")
 
 
 def test_a_killed_run_goes_on_bit_for_bit(folders):
-    for one, other in zip(parameters(folders["killed"]), parameters(folders["whole"]), strict=True):
-        np.testing.assert_array_equal(one, other)
+    jax.tree.map(np.testing.assert_array_equal, parameters(folders["killed"]), parameters(folders["whole"]))
 
 
 def test_two_processes_train_as_one(folders):
-    for one, other in zip(parameters(folders["two"]), parameters(folders["whole"]), strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=10 * NOISE)
+    found, expected = parameters(folders["two"]), parameters(folders["whole"])
+    assert found.keys() == expected.keys()
+    for name in found:
+        if not DRIFTING.search(name):
+            np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=NOISE, err_msg=name)
     for one, other in zip(records(folders["two"], "train/"), records(folders["whole"], "train/"), strict=True):
-        np.testing.assert_allclose(one["train/loss"], other["train/loss"], rtol=10 * NOISE)
+        np.testing.assert_allclose(one["train/loss"], other["train/loss"], rtol=NOISE)
 
 
 def test_two_processes_evaluate_every_image_once(folders):
