@@ -31,12 +31,15 @@ class Networks:
     decoder_heads: int = loading.DECODER["heads"]
     dropout: float = 0.1
     token_std: float = 0.02
+    pos_std: float = 0.02  # of the encoder, as colour_scale
+    colour_scale: float = 1.0
     unused: int = 1000  # rows of the vocabularies between the codes and the mask token, as the released weights have them
 
     def encoder(self, **changes) -> vit.Config:
         """The recognition encoder, as it is pre-trained."""
         image_size, patch_size = self.tokenizer.image_size, self.tokenizer.patch_size
         fields = dict(dropout=self.dropout, input_dropout=self.dropout, image_size=image_size, patch_size=patch_size)
+        fields |= dict(pos_std=self.pos_std, colour_scale=self.colour_scale)
         return vit.Config(self.width, self.depth, self.heads, **(fields | changes))
 
     def decoder(self) -> layers.TransformerConfig:

@@ -15,7 +15,10 @@ def networks(arg: str) -> base.Networks:
         code_width=8, num_groups=2, codebook_scale=24.0,
     )  # fmt: skip
     # The output matrix of the heads is not trained: in a short run it must start large enough for sure predictions.
-    return base.Networks(tokenizer, 128, 4, 4, decoder_depth=2, decoder_heads=4, dropout=0.0, token_std=0.1, unused=1)
+    # Where a patch lies and what its edges look like must tell from the start: the mean colours drown both otherwise.
+    return base.Networks(
+        tokenizer, 128, 4, 4, decoder_depth=2, decoder_heads=4, dropout=0.0, token_std=0.1, pos_std=0.5, colour_scale=0.1, unused=1
+    )  # fmt: skip
 
 
 def run(task, model, steps, batch_size, lr):

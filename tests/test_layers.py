@@ -339,3 +339,23 @@ def test_which_masked_positions_enter_the_encoder_matters():
     kept = jnp.argsort(mask, axis=-1, stable=True)[:, :13]
     difference = np.abs(np.asarray(predictor()(token_ids, mask, kept) - predictor()(token_ids, mask)))
     assert (difference.max((1, 2)) > 1e-3).all()
+
+
+# --- how an encoder begins ------------------------------------------------------------------------
+
+
+def test_the_mean_colour_of_a_patch_counts_as_much_as_said_and_edges_as_always():
+    config = vit.Config(**SMALL, image_size=8, patch_size=4)
+    kernel, scaled = (
+        vit.init(dataclasses.replace(config, colour_scale=scale), jax.random.key(0))["patch_embed"]["kernel"] for scale in (1.0, 0.1)
+    )
+    colour = jnp.tile(random(3), 16)
+    np.testing.assert_allclose(colour @ scaled, 0.1 * (colour @ kernel), atol=ROUNDING)
+    edges = random(16, 3)
+    edges = (edges - edges.mean(0)[None]).reshape(-1)
+    np.testing.assert_allclose(edges @ scaled, edges @ kernel, atol=ROUNDING)
+
+
+def test_position_embeddings_begin_with_the_deviation_said():
+    config = vit.Config(width=64, depth=1, heads=2, image_size=32, patch_size=2, pos_std=0.5)
+    assert abs(np.std(vit.init(config, jax.random.key(0))["pos_embed"]) - 0.5) < 0.02

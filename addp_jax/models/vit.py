@@ -30,6 +30,9 @@ class Config(layers.TransformerConfig):
     input_dropout: float = schema.field(0.1, least=0, below=1, matters=schema.TRAINING)  # after the input LayerNorm
     input_norm: bool = True  # LayerNorm between the embeddings and the first block
     final_norm: bool = True  # LayerNorm after the last block
+    pos_std: float = schema.field(0.02, least=0, matters=schema.TRAINING)  # of the initial position embeddings
+    # Of a patch's mean colour in the initial patch embedding; below 1, edges and positions are not drowned by colours.
+    colour_scale: float = schema.field(1.0, least=0, matters=schema.TRAINING)
 
     def __post_init__(self):
         layers.TransformerConfig.__post_init__(self)
@@ -62,10 +65,11 @@ class VisionTransformer(nn.Module):
         patches = rearrange(
             normalize(image), "b (h p) (w q) c -> b (h w) (p q c)", p=config.patch_size, q=config.patch_size
         )
-        tokens = layers.dense(config.width, "patch_embed", self.dtype)(patches.astype(self.dtype))
+        embed = layers.dense(config.width, "patch_embed", self.dtype, _patch_init(config))
+        tokens = embed(patches.astype(self.dtype))
         tokens = partition.constrain(tokens, "batch", "length", "embed")  # else the patches are gathered, not the kernel
         class_token = self.param("class_token", layers.EMBEDDING_INIT, (config.width,))
-        pos_embed = self.param("pos_embed", layers.EMBEDDING_INIT, (1 + config.length, config.width))
+        pos_embed = self.param("pos_embed", nn.initializers.normal(config.pos_std), (1 + config.length, config.width))
         first = jnp.broadcast_to(class_token[None, None].astype(self.dtype), (len(tokens), 1, config.width))
         tokens = jnp.concatenate([first, tokens], axis=1) + pos_embed[None].astype(self.dtype)
         if config.input_norm:
@@ -76,6 +80,16 @@ class VisionTransformer(nn.Module):
         if config.final_norm:
             tokens = layers.layer_norm("final_norm", dtype=self.dtype)(tokens)
         return (tokens, tapped) if tap else tokens
+
+
+def _patch_init(config: Config):
+    """Xavier's initial kernel [P*P*3,D], in which the mean over a patch of each colour counts `colour_scale` times."""
+
+    def init(rng, shape, dtype=jnp.float32):
+        kernel = layers.XAVIER(rng, shape, dtype).reshape(-1, 3, shape[-1])
+        return (kernel - (1 - config.colour_scale) * kernel.mean(0)[None]).reshape(shape)
+
+    return init if config.colour_scale != 1 else layers.XAVIER
 
 
 def init(config: Config, rng):
