@@ -1,17 +1,23 @@
-"""What the demo's stages share: 48-pixel pictures of 6x6 tokens, sizes for minutes on two CPU cores."""
+"""What the demo's stages share: 48-pixel pictures of 6x6 tokens, sizes for minutes on two CPU cores.
+
+The argument of these configs is another size in pixels, or "textured": launch/miniature.sh's harder pictures.
+"""
 
 from addp_jax.codecs import vqgan
 from configs import base
 
 NUM_CLASSES = 8  # of generated shapes
+TEXTURED = "textured"
 
 
 def networks(arg: str) -> base.Networks:
-    """Pixels: the config's argument (configs/demo_addp.py:96), or 48."""
+    """Pixels: the config's argument (configs/demo_addp.py:96), or 48; of textured pictures 64, and more codes."""
+    textured = TEXTURED in arg.split(",")
+    size = int(arg) if arg.isdecimal() else 64 if textured else 48
     # The same width at all levels: every block keeps its shortcut, which makes a small net learn much faster.
     # Codes that start far apart: what looks alike gets one code, not several that no predictor could tell apart.
     tokenizer = vqgan.Config(
-        image_size=int(arg) if arg.isdecimal() else 48, num_codes=128, channels=16, multipliers=(1, 1, 1, 1), num_res_blocks=1,
+        image_size=size, num_codes=512 if textured else 128, channels=16, multipliers=(1, 1, 1, 1), num_res_blocks=1,
         code_width=8, num_groups=2, codebook_scale=24.0,
     )  # fmt: skip
     # The output matrix of the heads is not trained: in a short run it must start large enough for sure predictions.
@@ -31,4 +37,8 @@ def run(task, model, steps, batch_size, lr):
 
 
 def sized(config, arg):
-    return config if arg.isdecimal() else base.sized(config, arg)
+    if arg.isdecimal():
+        return config
+    if TEXTURED in arg.split(","):
+        config.data.shapes = TEXTURED
+    return base.sized(config, arg, ("", TEXTURED))

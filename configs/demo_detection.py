@@ -14,7 +14,7 @@ SIZE = 128  # pixels
 
 
 def get_config(arg=""):
-    nets = demo.networks("")  # whose encoder it takes over
+    nets = demo.networks(arg)  # whose encoder it takes over
     encoder = vitdet.Config(
         nets.width, nets.depth, nets.heads, image_size=SIZE, patch_size=nets.tokenizer.patch_size,
         pretrain_size=nets.tokenizer.image_size, window=8, global_blocks=2, input_norm=True, drop_path=0.0,

@@ -14,7 +14,7 @@ SIZE = 96  # pixels
 
 
 def get_config(arg=""):
-    nets = demo.networks("")  # whose encoder it takes over
+    nets = demo.networks(arg)  # whose encoder it takes over
     encoder = beit.Config(
         nets.width, nets.depth, nets.heads, image_size=SIZE, patch_size=nets.tokenizer.patch_size,
         taps=beit.even_taps(nets.depth), input_norm=True, drop_path=0.0,
