@@ -1,0 +1,193 @@
+"""The paper's claim in miniature: ADDP's encoder, MAGE's and none, compared on generated shapes.
+
+    launch/miniature.sh [--out FOLDER] [--rows ROW,...] [--seeds N] [--config.FIELD=VALUE...]
+
+Trains a tokenizer, MAGE's token predictor and ADDP on the same textured pictures, then measures each row: samples,
+frozen features, classification from few labels, detection, segmentation. Writes table.json, table.md and table.png.
+Started again, it goes on where it was stopped.
+"""
+
+import argparse
+import collections
+import dataclasses
+import functools
+import json
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ALIGNMENT = {"weight": 1.0, "block": 2, "target_block": 4}
+ADDP = {  # rows that are a run of ADDP: what their config has of its own
+    "addp": {},
+    "aligned": {f"model.alignment.{name}": value for name, value in ALIGNMENT.items()} | {"optim.ema_decay": 0.99},
+    "one_step": {"model.masks.max_jump": 1},
+}
+ROWS = ("scratch", "mage", *ADDP)
+COLUMNS = {  # name, what the log's value is multiplied by, which is better
+    "frechet": ("Frechet distance", 1, "lower"),
+    "knn": ("frozen, 20-NN, %", 100, "higher"),
+    "probe": ("frozen, probe, %", 100, "higher"),
+    "top1_10": ("10 labels, top-1, %", 100, "higher"),
+    "top1_100": ("100 labels, top-1, %", 100, "higher"),
+    "box_ap": ("box AP", 100, "higher"),
+    "mask_ap": ("mask AP", 100, "higher"),
+    "miou": ("mIoU, %", 100, "higher"),
+}
+# Of training from a pre-trained encoder, and from nothing, which wants all layers to learn alike.
+PRETRAINED, SCRATCH = {"optim.layer_decay": 0.8}, {"optim.layer_decay": 1.0, "optim.base_lr": 0.008}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run of `python -m addp_jax.main`."""
+
+    name: str  # of its work directory
+    config: str  # in configs/
+    minutes: float  # on two CPU cores, for the estimate
+    fields: dict  # of the config
+    figures: dict = dataclasses.field(default_factory=dict)  # {column: name in the log}
+    row: str = ""
+    sampled: str = ""  # the work directory whose samples are measured; "" = the job is a training
+
+
+def jobs(out: pathlib.Path, rows: list[str], seeds: int) -> Iterator[Job]:
+    """In the order in which they need each other."""
+    judge, tokenizer, predictor = (str(out / name) for name in ("judge", "tokenizer", "predictor"))
+    tokens = {"model.tokenizer_weights": tokenizer}
+    nets = tokens | {"model.predictor_weights": predictor}
+    yield Job("judge", "demo_judge", 8, {"steps": 2500})
+    yield Job("tokenizer", "demo_tokenizer", 15, {"steps": 6000})
+    yield Job("predictor", "demo_predictor", 40, {"steps": 5000} | tokens)
+    for row in ADDP:
+        if row in rows:
+            yield Job(row, "demo_addp", 60, {"steps": 5000} | nets | ADDP[row])
+
+    for row in rows:
+        encoder = {"mage": predictor, "scratch": ""}.get(row, str(out / row))
+        reading = {"model.encoder_weights": encoder} | ({"model.input": "tokens"} | tokens if row == "mage" else {})
+
+        def measured(what, config, minutes, fields, figures, seed, row=row):
+            return Job(f"{what}_{row}_{seed}", config, minutes, {"seed": seed} | fields, figures, row)
+
+        for seed in range(seeds):
+            if encoder:
+                stage, frozen = ("demo_predictor", tokens) if row == "mage" else ("demo_addp", nets)
+                sampling = frozen | {"generate.sweep": "steps=20", "evaluate.features": judge, "evaluate.seed": seed}
+                job = measured("samples", stage, 3, sampling, {"frechet": "frechet_2k"}, seed)
+                yield dataclasses.replace(job, sampled=encoder)
+            probe, frozen = "demo_probe", {"model.encoder_weights": encoder or "random"}
+            if row == "mage":
+                probe, frozen = "demo_token_probe", nets
+            frozen = frozen | {"model.cache": str(out / "features")}
+            yield measured("probe", probe, 1, frozen, {"knn": "eval/knn_top1", "probe": "eval/top1"}, seed)
+            tuning = reading | (PRETRAINED if encoder else SCRATCH)
+            for labels, steps in ((10, 100), (100, 400)):
+                name, few = f"top1_{labels}", tuning | {"data.num_train": 8 * labels, "steps": steps}
+                yield measured(name, "demo_classification", 1 + steps / 200, few, {name: "eval/top1"}, seed)
+            found = {"box_ap": "eval/bbox_AP", "mask_ap": "eval/segm_AP"}
+            yield measured("detection", "demo_detection", 8, reading | {"steps": 400, "eval_batches": 0}, found, seed)
+            found = {"miou": "eval/mIoU"}
+            yield measured("segmentation", "demo_segmentation", 8, reading | {"steps": 600}, found, seed)
+
+
+def run(job: Job, out: pathlib.Path, flags: list[str]) -> dict[str, float]:
+    """Its figures, by column. Exits with the status of a run that fails, its output shown."""
+    folder, fields = out / job.name, job.fields
+    mode, workdir, log = "train", folder, folder / "log.jsonl"
+    if job.sampled:
+        mode, workdir, log = "generate", job.sampled, folder / "sweep.jsonl"
+        fields = fields | {"generate.output": folder}
+    command = [sys.executable, "-m", "addp_jax.main", f"--mode={mode}", f"--workdir={workdir}"]
+    command += [f"--config={ROOT / 'configs' / job.config}.py:textured"]
+    command += [f"--config.{name}={value}" for name, value in fields.items()] + flags
+    text = folder.with_suffix(".txt")
+    with open(text, "w") as file:
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+    if status:
+        print(text.read_text()[-4000:], file=sys.stderr)
+        sys.exit(status)
+    last = {}
+    for line in log.read_text().splitlines():
+        last |= json.loads(line)
+    return {column: last[name] for column, name in job.figures.items()}
+
+
+def table(figures: dict[str, dict[str, list[float]]], seeds: int, hours: float) -> str:
+    """Markdown: mean and, of several seeds, standard deviation; `figures`: {row: {column: a value of each seed}}."""
+
+    lines = [["encoder", *(name for name, _, _ in COLUMNS.values())], ["---"] * (1 + len(COLUMNS))]
+    for row, values in figures.items():
+        cells = (np.array(values[column]) * factor for column, (_, factor, _) in COLUMNS.items())
+        lines.append([row, *(f"{cell.mean():.1f} ± {cell.std():.1f}" if len(cell) else "" for cell in cells)])
+    about = f"Mean and standard deviation of {seeds} seeds. The pre-training has one. {hours:.1f} hours in all."
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{about}\n"
+
+
+def draw(figures: dict[str, dict[str, list[float]]], path: pathlib.Path) -> None:
+    """A panel for each column: bars of the means, a dot for every seed."""
+    shown = [column for column in COLUMNS if any(values[column] for values in figures.values())]
+    figure, panels = pyplot.subplots(1, len(shown), figsize=(2.2 * len(shown), 3), squeeze=False, layout="constrained")
+    for panel, column in zip(panels[0], shown):
+        name, factor, better = COLUMNS[column]
+        panel.set_title(f"{name}\n({better} is better)", fontsize=8)
+        for place, row in enumerate(figures):
+            values = np.array(figures[row][column]) * factor
+            if len(values):
+                panel.bar(place, values.mean(), color=f"C{place}", alpha=0.6)
+                panel.plot([place] * len(values), values, "k.", markersize=4)
+        panel.set_xticks(range(len(figures)), list(figures), rotation=60, fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main(argv=None) -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("launch/miniature.sh", None, __doc__, formatter_class=raw, allow_abbrev=False)
+    add = functools.partial(parser.add_argument, metavar="")
+    add("--out", default="runs/miniature", help="where runs and tables go; default %(default)s")
+    add("--rows", default=",".join(ROWS[:4]), help=f"of {', '.join(ROWS)}; default %(default)s")
+    add("--seeds", type=int, default=3, help="of everything behind the pre-training; default %(default)s")
+    options, flags = parser.parse_known_args(argv)
+    rows = options.rows.split(",")
+    if wrong := [row for row in rows if row not in ROWS] + [flag for flag in flags if not flag.startswith("--config.")]:
+        parser.error(f"{wrong[0]}: neither a row nor a field; rows are {', '.join(ROWS)}, fields --config.FIELD=VALUE")
+    out = pathlib.Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    done_file = out / "done.json"  # {job: [seconds, figures]}
+    done = json.loads(done_file.read_text()) if done_file.exists() else {}
+    planned = list(jobs(out, rows, options.seeds))
+    for number, job in enumerate(planned):
+        if job.name in done:
+            continue
+        finished = [job for job in planned if job.name in done]
+        pace = sum(done[job.name][0] for job in finished) / sum(job.minutes for job in finished) if finished else 60
+        left = pace * sum(job.minutes for job in planned[number:] if job.name not in done) / 3600
+        print(f"{number + 1} of {len(planned)}: {job.name}; about {left:.1f} hours left", flush=True)
+        started = time.monotonic()
+        figures = run(job, out, flags)
+        done[job.name] = [time.monotonic() - started, figures]
+        partial = done_file.with_suffix(".tmp")
+        partial.write_text(json.dumps(done, indent=1))
+        partial.replace(done_file)
+    figures = {row: collections.defaultdict(list) for row in rows}
+    for job in planned:
+        for column, value in done[job.name][1].items():
+            figures[job.row][column].append(value)
+    text = table(figures, options.seeds, sum(done[job.name][0] for job in planned) / 3600)
+    (out / "table.json").write_text(json.dumps(figures, indent=1))
+    (out / "table.md").write_text(text)
+    draw(figures, out / "table.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

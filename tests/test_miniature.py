@@ -1,0 +1,69 @@
+"""launch/miniature.py: its jobs are runs that the configs allow, and what a stopped comparison keeps."""
+
+import importlib.util
+import json
+import pathlib
+
+import programs
+import pytest
+
+from addp_jax import modes
+
+spec = importlib.util.spec_from_file_location("miniature", programs.ROOT / "launch" / "miniature.py")
+miniature = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(miniature)
+
+OUT = pathlib.Path("out")
+
+
+@pytest.fixture(scope="module")
+def planned():
+    return list(miniature.jobs(OUT, list(miniature.ROWS), seeds=2))
+
+
+def test_every_job_is_a_run_whose_inputs_are_made_before(planned):
+    made = set()
+    for job in planned:
+        fields = {name.replace(".", "__"): value for name, value in job.fields.items()}
+        own, _ = modes.split(programs.fields(job.config, "textured", **fields).to_dict())
+        assert own.data.shapes == "textured"
+        used = {str(value) for value in job.fields.values() if str(value).startswith("out/")} - {"out/features"}
+        assert used <= made, job
+        made.add(str(OUT / job.name))
+
+
+def test_every_row_has_every_column_of_each_seed(planned):
+    for row in miniature.ROWS:
+        columns = [column for job in planned if job.row == row for column in job.figures]
+        expected = set(miniature.COLUMNS) - ({"frechet"} if row == "scratch" else set())
+        assert sorted(columns) == sorted([*expected] * 2)
+
+
+def run_of(monkeypatch, calls, fails=""):
+    def run(job, out, flags):
+        calls.append(job.name)
+        if job.name == fails:
+            raise SystemExit(1)
+        return {column: 0.1 + 0.2 * (job.row == "addp") for column in job.figures}
+
+    monkeypatch.setattr(miniature, "run", run)
+
+
+def test_a_comparison_that_fails_goes_on_with_the_job_that_failed(monkeypatch, tmp_path, capsys):
+    arguments, calls, again = ["--out", str(tmp_path), "--rows", "scratch,addp", "--seeds", "2"], [], []
+    run_of(monkeypatch, calls, fails="probe_addp_0")
+    with pytest.raises(SystemExit):
+        miniature.main(arguments)
+    assert calls[-1] == "probe_addp_0" and not (tmp_path / "table.md").exists()
+    run_of(monkeypatch, again)
+    miniature.main(arguments)
+    assert again[0] == "probe_addp_0" and not set(again) & set(calls[:-1])
+    assert "| addp | 0.3 ± 0.0 | 30.0 ± 0.0 |" in capsys.readouterr().out
+    assert json.loads((tmp_path / "table.json").read_text())["scratch"]["miou"] == [0.1, 0.1]
+    assert (tmp_path / "table.png").stat().st_size > 1000
+
+
+def test_an_unknown_row_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        miniature.main(["--out", str(tmp_path), "--rows", "adp"])
+    assert "adp: neither a row nor a field" in capsys.readouterr().err
