@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from addp_jax import optim, parameters, partition
-from addp_jax.models import detector, grid_attention, vitdet
+from addp_jax.models import detector, grid_attention, vit, vitdet
 from addp_jax.weights import detectron2
 
 pytestmark = pytest.mark.golden
@@ -253,7 +253,7 @@ def test_windows_hold_the_fill_and_return_the_grid():
 
 def test_what_lies_beyond_the_picture_is_not_read():
     image, size = batch()
-    other = np.where(np.asarray(vitdet.inside(size, image.shape[1:3]))[..., None], image, 0.9)
+    other = np.where(np.asarray(vit.inside(size, image.shape[1:3]))[..., None], image, 0.9)
     one, two = (encode(params()["encoder"], image, size) for image in (image, other.astype(np.float32)))
     np.testing.assert_array_equal(one, two)
 

@@ -12,7 +12,7 @@ import numpy as np
 from einops import rearrange
 
 from addp_jax import partition, schema
-from addp_jax.models import layers, vit, vitdet
+from addp_jax.models import layers, vit
 from addp_jax.models.grid_attention import KERNEL_INIT
 
 LAYOUT = (
@@ -62,36 +62,25 @@ def even_taps(depth: int) -> tuple[int, ...]:
     return tuple(-(-depth * quarters // 4) - 1 for quarters in (1, 2, 3, 4))
 
 
-class Encoder(nn.Module):
-    """Image -> features of its patches, after each block of `taps`."""
-
-    config: Config
-    dtype: jnp.dtype = jnp.float32
+class Encoder(vit.Embedding):
+    """Image, or its token ids -> features of its patches, after each block of `taps`."""
 
     @nn.compact
     def __call__(self, image, size=None, train: bool = False):
-        """`image` [B,S,S,3] in [0,1], `size` int32 [B,2] -> tuple of four [B,h,w,D].
+        """`image` [B,S,S,3] in [0,1], `size` int32 [B,2], or see `embed` -> tuple of four [B,h,w,D].
 
         size: height and width of the picture, top left in `image`; beyond it the mean colour is read, whatever is
         there. None = the pictures fill their images. S is `image_size`: ValueError if not.
         """
         config = self.config
-        if image.shape[1:3] != (config.image_size, config.image_size):
-            raise ValueError(f"images of {image.shape[1]} x {image.shape[2]} pixels; image_size is {config.image_size}")
-        image = vit.normalize(image)
-        if size is not None:
-            image = jnp.where(vitdet.inside(size, image.shape[1:3])[..., None], image, 0.0)
-        side = config.patch_size
-        patches = rearrange(image, "b (h p) (w q) c -> b (h w) (p q c)", p=side, q=side).astype(self.dtype)
-        tokens = layers.dense(config.width, "patch_embed", self.dtype, nn.initializers.he_normal())(patches)
-        # Else the patches are gathered, not the kernel.
-        tokens = partition.constrain(tokens, "batch", "length", "embed")
+        if image.shape[1:3] != vit.blank(config, self.num_codes).shape[1:3]:
+            unit = "tokens" if self.num_codes else "pixels"
+            raise ValueError(f"images of {image.shape[1]} x {image.shape[2]} {unit}; image_size is {config.image_size}")
+        tokens, _ = self.embed(image, size, nn.initializers.he_normal())
         class_token = self.param("class_token", layers.EMBEDDING_INIT, (config.width,))
         pos_embed = self.param("pos_embed", nn.initializers.zeros, (1 + config.length, config.width))
-        first = jnp.broadcast_to(class_token[None, None].astype(self.dtype), (len(tokens), 1, config.width))
-        tokens = jnp.concatenate([first, tokens], axis=1) + pos_embed[None].astype(self.dtype)
-        if config.input_norm:
-            tokens = layers.layer_norm("input_norm", dtype=self.dtype)(tokens)
+        first = jnp.broadcast_to(class_token[None, None].astype(tokens.dtype), (len(tokens), 1, config.width))
+        tokens = self.norm(jnp.concatenate([first, tokens], axis=1) + pos_embed[None].astype(tokens.dtype))
         taps = Blocks(config, self.dtype, name="blocks")(tokens, train)
         return tuple(rearrange(tap[:, 1:], "b (h w) d -> b h w d", h=config.grid) for tap in taps)
 

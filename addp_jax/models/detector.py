@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from addp_jax import schema
-from addp_jax.models import layers, vitdet
+from addp_jax.models import layers, vit, vitdet
 
 ASPECT_RATIOS = 3  # anchors of a cell
 BOX_POOL, MASK_POOL = 7, 14  # side of a region's features
@@ -126,10 +126,11 @@ class Detector(nn.Module):
 
     config: Config
     dtype: jnp.dtype = jnp.float32
+    num_codes: int = 0  # see `vit.Embedding`
 
     def setup(self):
         config = self.config
-        self.encoder = vitdet.Encoder(config.encoder, self.dtype)
+        self.encoder = vitdet.Encoder(config.encoder, self.dtype, self.num_codes)
         self.pyramid = vitdet.Pyramid(config.channels, self.dtype)
         self.rpn = RpnHead(self.dtype)
         self.box = BoxHead(config.box_width, config.num_classes, self.dtype)
@@ -154,11 +155,11 @@ class Detector(nn.Module):
 
 def init(net: Detector, rng):
     """Parameters of `net`; pure."""
-    side, channels = net.config.encoder.image_size, net.config.channels
+    channels = net.config.channels
 
     def all_networks(net, image):
         net.propose(net.features(image))
         net.boxes(jnp.zeros((1, BOX_POOL, BOX_POOL, channels)))
         net.masks(jnp.zeros((1, MASK_POOL, MASK_POOL, channels)))
 
-    return net.init(rng, jnp.zeros((1, side, side, 3)), method=all_networks)["params"]
+    return net.init(rng, vit.blank(net.config.encoder, net.num_codes), method=all_networks)["params"]

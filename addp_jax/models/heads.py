@@ -37,9 +37,10 @@ class Classifier(nn.Module):
 
     config: Config
     dtype: jnp.dtype = jnp.float32
+    num_codes: int = 0  # see `vit.Embedding`
 
     def setup(self):
-        self.encoder = vit.VisionTransformer(self.config.encoder, self.dtype)
+        self.encoder = vit.VisionTransformer(self.config.encoder, self.dtype, self.num_codes)
         self.head_norm = layers.layer_norm()
         self.dense_out = nn.Dense(self.config.num_classes, kernel_init=nn.initializers.truncated_normal(HEAD_STD))
 
@@ -91,5 +92,4 @@ def block_tokens(config: vit.Config, params, image, block: int, dtype=jnp.float3
 
 def init(net: Classifier, rng):
     """Parameters of `net`; pure."""
-    size = net.config.encoder.image_size
-    return net.init(rng, jnp.zeros((1, size, size, 3)))["params"]
+    return net.init(rng, vit.blank(net.config.encoder, net.num_codes))["params"]

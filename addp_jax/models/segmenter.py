@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from addp_jax import partition, schema
-from addp_jax.models import batch_norm, beit, detector, vitdet
+from addp_jax.models import batch_norm, beit, detector, vit, vitdet
 from addp_jax.models.dropout import Dropout
 from addp_jax.ops import resize
 
@@ -116,10 +116,11 @@ class Segmenter(nn.Module):
 
     config: Config
     dtype: jnp.dtype = jnp.float32
+    num_codes: int = 0  # see `vit.Embedding`
 
     def setup(self):
         config = self.config
-        self.encoder = beit.Encoder(config.encoder, self.dtype)
+        self.encoder = beit.Encoder(config.encoder, self.dtype, self.num_codes)
         self.neck = Neck(self.dtype)
         self.head = UperHead(config.channels, self.dtype)
         self.auxiliary = ConvNorm(config.auxiliary_channels, 3, self.dtype)
@@ -143,8 +144,7 @@ class Segmenter(nn.Module):
 
 def init(net: Segmenter, rng):
     """Parameters of `net`, the running statistics among them; pure."""
-    side = net.config.encoder.image_size
-    return net.init(rng, jnp.zeros((1, side, side, 3)))["params"]
+    return net.init(rng, vit.blank(net.config.encoder, net.num_codes))["params"]
 
 
 def training_logits(net: Segmenter, params, image, size, rng):

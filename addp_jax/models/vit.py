@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +30,7 @@ class Config(layers.TransformerConfig):
     image_size: int = schema.field(256, least=1, tiny=16)  # pixels; position embeddings of another size are resized
     patch_size: int = schema.field(16, least=1, tiny=4)  # pixels
     input_dropout: float = schema.field(0.1, least=0, below=1, matters=schema.TRAINING)  # after the input LayerNorm
-    input_norm: bool = True  # LayerNorm between the embeddings and the first block
+    input_norm: bool = True  # LayerNorm between the embeddings and the first block; tokens always have it
     final_norm: bool = True  # LayerNorm after the last block
     pos_std: float = schema.field(0.02, least=0, matters=schema.TRAINING)  # of the initial position embeddings
     # Of a patch's mean colour in the initial patch embedding; below 1, edges and positions are not drowned by colours.
@@ -49,31 +51,70 @@ def normalize(image):
     return (jnp.clip(image, 0.0, 1.0) - IMAGENET_MEAN[None, None, None]) / IMAGENET_STD[None, None, None]
 
 
-class VisionTransformer(nn.Module):
-    """Image -> class token and patch features."""
+def inside(size, shape):
+    """`size` int32 [B,2], `shape` (H, W) -> bool [B,H,W]: which pixels are the picture's."""
+    rows, columns = (np.arange(length)[None] < size[:, axis, None] for axis, length in enumerate(shape))
+    return rows[:, :, None] & columns[:, None, :]
 
-    config: Config
+
+class Embedding(nn.Module):
+    """Where an encoder begins: features of an image's patches or, as in MAGE, of the codes of a frozen tokenizer.
+
+    Then a token id stands in the place of a patch; `input_norm` is always there, as MAGE's pre-training has it.
+    """
+
+    config: Any  # of the encoder
     dtype: jnp.dtype = jnp.float32
+    num_codes: int = 0  # K of the token ids that are read; 0 = pixels are
+
+    def embed(self, inputs, size=None, kernel_init=layers.XAVIER):
+        """Pixels [B,H,W,3] in [0,1], or token ids int32 [B,h,w] -> ([B,h*w,D], (h, w)).
+
+        size: of the pictures, int32 [B,2], top left; beyond it the mean colour is read. Not for token ids.
+        """
+        width, side = self.config.width, self.config.patch_size
+        if self.num_codes:
+            grid = inputs.shape[1:]
+            table = self.param("token_embed", layers.EMBEDDING_INIT, (self.num_codes, width))
+            tokens = table[inputs.reshape(len(inputs), -1)]
+        else:
+            image = normalize(inputs)
+            if size is not None:
+                image = jnp.where(inside(size, image.shape[1:3])[..., None], image, 0.0)
+            grid = image.shape[1] // side, image.shape[2] // side
+            patches = rearrange(image, "b (h p) (w q) c -> b (h w) (p q c)", p=side, q=side).astype(self.dtype)
+            tokens = layers.dense(width, "patch_embed", self.dtype, kernel_init)(patches)
+        # Else the patches are gathered, not the kernel.
+        return partition.constrain(tokens, "batch", "length", "embed"), grid
+
+    def norm(self, tokens):
+        """The LayerNorm between the embeddings and the first block, where there is one."""
+        if self.config.input_norm or self.num_codes:
+            tokens = layers.layer_norm("input_norm", dtype=self.dtype)(tokens)
+        return tokens
+
+
+def blank(config, num_codes: int = 0):
+    """What an encoder reads, without content: pixels [1,S,S,3] or, with `num_codes`, token ids [1,h,w]."""
+    grid = config.image_size // config.patch_size
+    return jnp.zeros((1, grid, grid), jnp.int32) if num_codes else jnp.zeros((1, config.image_size, config.image_size, 3))
+
+
+class VisionTransformer(Embedding):
+    """Image, or its token ids -> class token and patch features."""
 
     @nn.compact
     def __call__(self, image, train: bool = False, tap: int = 0):
-        """`image` [B,H,W,3] in [0,1] (values outside are clipped) -> [B,1+L,D], class token first.
+        """`image` [B,H,W,3] in [0,1] (values outside are clipped), or see `embed` -> [B,1+L,D], class token first.
 
         tap: a block, counted from 1, whose output [B,1+L,D] is returned as well; 0 = none.
         """
         config = self.config
-        patches = rearrange(
-            normalize(image), "b (h p) (w q) c -> b (h w) (p q c)", p=config.patch_size, q=config.patch_size
-        )
-        embed = layers.dense(config.width, "patch_embed", self.dtype, _patch_init(config))
-        tokens = embed(patches.astype(self.dtype))
-        tokens = partition.constrain(tokens, "batch", "length", "embed")  # else the patches are gathered, not the kernel
+        tokens, _ = self.embed(image, kernel_init=_patch_init(config))
         class_token = self.param("class_token", layers.EMBEDDING_INIT, (config.width,))
         pos_embed = self.param("pos_embed", nn.initializers.normal(config.pos_std), (1 + config.length, config.width))
-        first = jnp.broadcast_to(class_token[None, None].astype(self.dtype), (len(tokens), 1, config.width))
-        tokens = jnp.concatenate([first, tokens], axis=1) + pos_embed[None].astype(self.dtype)
-        if config.input_norm:
-            tokens = layers.layer_norm("input_norm", dtype=self.dtype)(tokens)
+        first = jnp.broadcast_to(class_token[None, None].astype(tokens.dtype), (len(tokens), 1, config.width))
+        tokens = self.norm(jnp.concatenate([first, tokens], axis=1) + pos_embed[None].astype(tokens.dtype))
         tokens = Dropout(config.input_dropout)(tokens, train)
         tokens = layers.Blocks(config, self.dtype, name="blocks")(tokens, train=train, tap=tap)
         tokens, tapped = tokens if tap else (tokens, None)
@@ -94,7 +135,7 @@ def _patch_init(config: Config):
 
 def init(config: Config, rng):
     """Parameters of a `VisionTransformer`; pure."""
-    return VisionTransformer(config).init(rng, jnp.zeros((1, config.image_size, config.image_size, 3)))["params"]
+    return VisionTransformer(config).init(rng, blank(config))["params"]
 
 
 def resize_pos_embed(pos_embed, length: int):

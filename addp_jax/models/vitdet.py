@@ -66,35 +66,22 @@ class Config(layers.BlockConfig):
         return 2 * max(self.grid, self.window) - 1
 
 
-class Encoder(nn.Module):
-    """Image -> features of its patches."""
-
-    config: Config
-    dtype: jnp.dtype = jnp.float32
+class Encoder(vit.Embedding):
+    """Image, or its token ids -> features of its patches."""
 
     @nn.compact
     def __call__(self, image, size=None, train: bool = False):
-        """`image` [B,H,W,3] in [0,1], `size` int32 [B,2] -> [B,h,w,D], no LayerNorm at the end.
+        """`image` [B,H,W,3] in [0,1], `size` int32 [B,2], or see `embed` -> [B,h,w,D], no LayerNorm at the end.
 
         size: height and width of the picture, top left in `image`; beyond it the mean colour is read, whatever is
         there. None = the pictures fill their images. H and W are multiples of the patch size.
         """
         config = self.config
-        image = vit.normalize(image)
-        if size is not None:
-            image = jnp.where(inside(size, image.shape[1:3])[..., None], image, 0.0)
-        patches = rearrange(image, "b (h p) (w q) c -> b h w (p q c)", p=config.patch_size, q=config.patch_size)
-        _, *grid, _ = patches.shape
-        patches = rearrange(patches, "b h w c -> b (h w) c").astype(self.dtype)
-        tokens = layers.dense(config.width, "patch_embed", self.dtype)(patches)
-        # Else the patches are gathered, not the kernel.
-        tokens = partition.constrain(tokens, "batch", "length", "embed")
+        tokens, grid = self.embed(image, size)
         # The first row, of the class token, is not read. It stays for the weights of an encoder, here and elsewhere.
         pos_embed = self.param("pos_embed", layers.EMBEDDING_INIT, (1 + config.length, config.width))
-        tokens = tokens + resize_pos_embed(pos_embed[1:], grid)[None].astype(self.dtype)
-        if config.input_norm:
-            tokens = layers.layer_norm("input_norm", dtype=self.dtype)(tokens)
-        tokens = Blocks(config, self.dtype, name="blocks")(tokens, tuple(grid), train)
+        tokens = self.norm(tokens + resize_pos_embed(pos_embed[1:], grid)[None].astype(tokens.dtype))
+        tokens = Blocks(config, self.dtype, name="blocks")(tokens, grid, train)
         return tokens.reshape(len(tokens), *grid, config.width)
 
 
@@ -225,12 +212,6 @@ class UpConv(nn.Module):
 def half(features):
     """[B,h,w,D] -> [B,h//2,w//2,D]: the largest of each four cells; of equal ones the first has the gradient."""
     return nn.max_pool(features, (2, 2), strides=(2, 2))
-
-
-def inside(size, shape):
-    """`size` int32 [B,2], `shape` (H, W) -> bool [B,H,W]: which pixels are the picture's."""
-    rows, columns = (np.arange(length)[None] < size[:, axis, None] for axis, length in enumerate(shape))
-    return rows[:, :, None] & columns[:, None, :]
 
 
 def resize_pos_embed(pos_embed, grid):
