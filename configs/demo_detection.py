@@ -1,6 +1,7 @@
 """Demo: find the generated shapes, several in a picture of 128 pixels: boxes, masks and names. Half an hour on two CPU cores.
 
-`--config.model.encoder_weights=` (empty) trains the same network from scratch.
+`--config.model.encoder_weights=` (empty) trains the same network from scratch. From MAGE's encoder,
+which reads tokens: the flags in configs/demo_classification.py.
 
     python -m addp_jax.main --config=configs/demo_detection.py --workdir=runs/demo/detection \
         --config.model.encoder_weights=runs/demo/addp
@@ -21,7 +22,8 @@ def get_config(arg=""):
     )  # fmt: skip
     net = detector.Config(encoder, channels=32, box_width=128, num_classes=demo.NUM_CLASSES)
     model = detection.Config(
-        net, max_objects=8, mask_size=56, jitter=(0.7, 1.4), anchor_sizes=(16.0, 32.0, 64.0, 128.0, 256.0),
+        net, tokenizer=nets.tokenizer, max_objects=8, mask_size=56, jitter=(0.7, 1.4),
+        anchor_sizes=(16.0, 32.0, 64.0, 128.0, 256.0),
         rpn_samples=64, roi_samples=64, train_best=256, train_proposals=128, best=256, proposals=64, detections=32,
     )  # fmt: skip
     config = demo.run("detection", model, 1600, 8, 1e-3)

@@ -33,7 +33,7 @@ def get_config(arg="tokenizer"):
         "tokenizer": ("tokenizer", lambda: tokenizer.Config(codec)),
         "predictor": ("token_predictor", lambda: token_predictor.Config(nets.predictor(), codec)),
         "addp": ("addp", lambda: addp.Config(nets.pixel_to_token(), nets.predictor(), codec)),
-        "classification": ("classification", lambda: classification.Config(nets.classifier(NUM_CLASSES, drop_path=0.1))),
+        "classification": ("classification", lambda: classification.Config(nets.classifier(NUM_CLASSES, drop_path=0.1), tokenizer=codec)),
     }
     task, model = models[stage]
     config = base.run(task, model(), batch_size=BATCH_SIZE, steps=STEPS)

@@ -156,7 +156,7 @@ def test_weights_that_are_not_there_or_have_no_encoder_are_named(tmp_path):
     with pytest.raises(errors.UserError, match="config.model.encoder_weights: nothing at 'nowhere'"):
         make(dataclasses.replace(PLAIN, encoder_weights="nowhere"))[0].load_pretrained()
     checkpoint.save_params(str(tmp_path), {"tokenizer": {"codebook": np.zeros((2, 2), np.float32)}}, {})
-    with pytest.raises(errors.UserError, match="holds tokenizer, no encoder of images"):
+    with pytest.raises(errors.UserError, match="holds tokenizer, no encoder of pixels"):
         make(dataclasses.replace(PLAIN, encoder_weights=str(tmp_path)))[0].load_pretrained()
 
 

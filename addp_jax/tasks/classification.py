@@ -8,13 +8,14 @@ import jax
 import numpy as np
 import optax
 
-from addp_jax import partition, pictures, schema, tasks
+from addp_jax import codecs, partition, pictures, schema, tasks
+from addp_jax.codecs import vqgan
 from addp_jax.data import augment, pipeline, transforms
 from addp_jax.metrics import averages
 from addp_jax.metrics import classification as metrics
 from addp_jax.models import heads
 from addp_jax.ops import images, mixup
-from addp_jax.weights import encoder
+from addp_jax.weights import encoder, encoder_input
 
 
 @schema.config
@@ -22,8 +23,13 @@ class Config:
     """Fields of `config.model`."""
 
     net: heads.Config = heads.Config()
-    # Run folder or weight file of ADDP; "" = train from scratch. Its content matters, not its path.
+    # Run folder or weight file of ADDP, for tokens of MAGE; "" = train from scratch. Its content matters, not its path.
     encoder_weights: str = schema.field("", matters=schema.NOTHING)
+    # What the encoder reads: pixels | tokens, as MAGE's does. The parameters tell one from the other.
+    input: str = schema.field("pixels", choices=encoder_input.KINDS, matters=schema.NOTHING)
+    # Of the tokens, and its run folder or weight file. Its content matters.
+    tokenizer: codecs.Config = schema.field(vqgan.Config(), matters=schema.NOTHING)
+    tokenizer_weights: str = schema.frozen_weights()
     mixup: float = schema.field(0.8, least=0, matters=schema.TRAINING)  # alpha; 0 = off
     cutmix: float = schema.field(1.0, least=0, matters=schema.TRAINING)  # alpha; 0 = off
     label_smoothing: float = schema.field(0.1, least=0, below=1, matters=schema.TRAINING)
@@ -35,23 +41,28 @@ class Config:
 class Task(tasks.Classifier):
     """See `addp_jax.tasks`."""
 
+    compact = ("tokenizer",)
     layout = heads.LAYOUT
 
     def __init__(self, config: Config, dtype):
         self.config = config
         self.image_size = config.net.encoder.image_size
         self.num_classes, self.crop_pct = config.net.num_classes, config.crop_pct
-        self.net = heads.Classifier(config.net, dtype)
+        self.input = encoder_input.Input(config, config.net.encoder, dtype)
+        self.net = heads.Classifier(config.net, dtype, self.input.num_codes)
         # Made here so that the second evaluation compiles nothing.
         self._logits = jax.jit(self.logits)
 
     def init(self, rng):
         return {"classifier": heads.init(self.net, rng)}
 
+    def load_frozen(self):
+        return self.input.frozen
+
     def load_pretrained(self):
         """The encoder that fine-tuning starts from. Everything else, and all of it without weights, starts at random."""
         init, path = functools.partial(heads.init, self.net), self.config.encoder_weights
-        return encoder.pretrained(path, "classifier", init, self.config.net.encoder)
+        return encoder.pretrained(path, "classifier", init, self.config.net.encoder, self.input.frozen)
 
     def loss(self, params, frozen, batch, rng, train: bool):
         config = self.config
@@ -60,16 +71,20 @@ class Task(tasks.Classifier):
             mix_key, images.to_unit(batch["image"]), batch["label"], mixup=config.mixup, cutmix=config.cutmix,
             smoothing=config.label_smoothing, num_classes=self.num_classes,
         )  # fmt: skip
-        logits = self.net.apply({"params": params["classifier"]}, image, train, rngs={"dropout": dropout_key})
+        inputs, rngs = self.input(frozen, image), {"dropout": dropout_key}
+        logits = self.net.apply({"params": params["classifier"]}, inputs, train, rngs=rngs)
         loss = optax.softmax_cross_entropy(logits, target).mean()
         return loss, {"loss": loss}
 
     def logits(self, params, frozen, image):
-        return self.net.apply({"params": params["classifier"]}, images.to_unit(image))
+        return self._apply(params, frozen, image)
 
     def features(self, params, frozen, image):
         """What the classes are read off."""
-        return self.net.apply({"params": params["classifier"]}, images.to_unit(image), method="features")
+        return self._apply(params, frozen, image, method="features")
+
+    def _apply(self, params, frozen, image, **settings):
+        return self.net.apply({"params": params["classifier"]}, self.input(frozen, images.to_unit(image)), **settings)
 
     def evaluate(self, params, frozen, batches, source):
         """Loss, top-1 and top-5 accuracy and that of the classes; the confusion picture."""

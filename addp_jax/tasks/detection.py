@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from addp_jax import errors, partition, pictures, processes, schema, tasks
+from addp_jax import codecs, errors, partition, pictures, processes, schema, tasks
+from addp_jax.codecs import vqgan
 from addp_jax.data import coco, pipeline
 from addp_jax.metrics import detection as metrics
 from addp_jax.models import detector
 from addp_jax.ops import boxes, detection_losses, images, masks, matching, proposals, roi_align
-from addp_jax.weights import encoder
+from addp_jax.weights import encoder, encoder_input
 
 SHOWN = 4  # images in the evaluation's picture
 SHOWN_FROM = 0.5  # score of a detection there
@@ -29,8 +30,13 @@ class Config:
     """Fields of `config.model`. The defaults are ViTDet's."""
 
     net: detector.Config = detector.Config()
-    # Run folder or weight file of ADDP; "" = train from scratch. Its content matters, not its path.
+    # Run folder or weight file of ADDP, for tokens of MAGE; "" = train from scratch. Its content matters, not its path.
     encoder_weights: str = schema.field("", matters=schema.NOTHING)
+    # What the encoder reads: pixels | tokens, as MAGE's does. The parameters tell one from the other.
+    input: str = schema.field("pixels", choices=encoder_input.KINDS, matters=schema.NOTHING)
+    # Of the tokens, and its run folder or weight file. Its content matters.
+    tokenizer: codecs.Config = schema.field(vqgan.Config(), matters=schema.NOTHING)
+    tokenizer_weights: str = schema.frozen_weights()
     max_objects: int = schema.field(100, least=1, matters=schema.TRAINING, tiny=8)  # of more the largest are kept
     mask_size: int = schema.field(112, least=8, matters=schema.TRAINING, tiny=32)  # cells a side in which masks travel
     jitter: tuple[float, float] = schema.field((0.1, 2.0), above=0, matters=schema.TRAINING)  # of the size that fits
@@ -59,13 +65,15 @@ class Config:
 class Task(tasks.Detector):
     """See `addp_jax.tasks`."""
 
+    compact = ("tokenizer",)
     layout = detector.LAYOUT
 
     def __init__(self, config: Config, dtype):
         self.config = config
         self.image_size = config.net.encoder.image_size
         self.num_classes = config.net.num_classes
-        self.net = detector.Detector(config.net, dtype)
+        self.input = encoder_input.Input(config, config.net.encoder, dtype)
+        self.net = detector.Detector(config.net, dtype, self.input.num_codes)
         self.strides = tuple(config.net.encoder.patch_size * k // 4 for k in (1, 2, 4, 8, 16))
         self._detect = jax.jit(self.detect)
 
@@ -85,10 +93,13 @@ class Task(tasks.Detector):
     def init(self, rng):
         return {"detector": detector.init(self.net, rng)}
 
+    def load_frozen(self):
+        return self.input.frozen
+
     def load_pretrained(self):
         """The encoder that fine-tuning starts from; its relative positions, and all else, start anew."""
         init, path = functools.partial(detector.init, self.net), self.config.encoder_weights
-        return encoder.pretrained(path, "detector", init, self.config.net.encoder)
+        return encoder.pretrained(path, "detector", init, self.config.net.encoder, self.input.frozen)
 
     def open_source(self, split, data):
         source = pipeline.open_source(data, split, self.image_size)
@@ -109,7 +120,7 @@ class Task(tasks.Detector):
     def loss(self, params, frozen, batch, rng, train: bool):
         rngs = jax.random.split(rng, 3)
         apply = functools.partial(self.net.apply, {"params": params["detector"]})
-        image = images.to_unit(batch["image"])
+        image = self.input(frozen, images.to_unit(batch["image"]), batch["size"])
         levels = apply(image, batch["size"], train, method="features", rngs={"dropout": rngs[0]})
         logits, deltas = zip(*apply(levels, method="propose"))
         priorities = self._priorities(rngs[1], batch, sum(level.shape[1] for level in logits))
@@ -170,7 +181,7 @@ class Task(tasks.Detector):
 
     def detect(self, params, frozen, image, size):
         config, apply = self.config, functools.partial(self.net.apply, {"params": params["detector"]})
-        levels = apply(images.to_unit(image), size, method="features")
+        levels = apply(self.input(frozen, images.to_unit(image), size), size, method="features")
         logits, deltas = zip(*apply(levels, method="propose"))
         found = self._propose(logits, deltas, size, config.best, config.proposals)
         logits, deltas = self._boxes(apply, levels, found.boxes)

@@ -13,13 +13,14 @@ import json
 import jax
 import numpy as np
 
-from addp_jax import errors, partition, pictures, processes, schema, tasks
+from addp_jax import codecs, errors, partition, pictures, processes, schema, tasks
+from addp_jax.codecs import vqgan
 from addp_jax.data import pipeline, segmentation
 from addp_jax.metrics import segmentation as metrics
 from addp_jax.models import segmenter
 from addp_jax.ops import images, windows
 from addp_jax.ops.segmentation import cross_entropy
-from addp_jax.weights import encoder
+from addp_jax.weights import encoder, encoder_input
 
 AUXILIARY_WEIGHT = 0.4  # of the second head's loss
 SHOWN = 4  # images in the evaluation's picture
@@ -31,8 +32,13 @@ class Config:
     """Fields of `config.model`. The defaults are those of mmsegmentation's MAE with UperNet."""
 
     net: segmenter.Config = segmenter.Config()
-    # Run folder or weight file of ADDP; "" = train from scratch. Its content matters, not its path.
+    # Run folder or weight file of ADDP, for tokens of MAGE; "" = train from scratch. Its content matters, not its path.
     encoder_weights: str = schema.field("", matters=schema.NOTHING)
+    # What the encoder reads: pixels | tokens, as MAGE's does. The parameters tell one from the other.
+    input: str = schema.field("pixels", choices=encoder_input.KINDS, matters=schema.NOTHING)
+    # Of the tokens, and its run folder or weight file. Its content matters.
+    tokenizer: codecs.Config = schema.field(vqgan.Config(), matters=schema.NOTHING)
+    tokenizer_weights: str = schema.frozen_weights()
     scale: tuple[float, float] = schema.field((0.5, 2.0), above=0, matters=schema.TRAINING)  # of the crop's short side
     # Of a crop, of one class, if ten tries find such a crop.
     largest_share: float = schema.field(0.75, above=0, most=1, matters=schema.TRAINING)
@@ -53,6 +59,7 @@ class Config:
 class Task(tasks.Segmenter):
     """See `addp_jax.tasks`."""
 
+    compact = ("tokenizer",)
     layout = segmenter.LAYOUT
     whole_images = True
 
@@ -60,7 +67,8 @@ class Task(tasks.Segmenter):
         self.config = config
         self.image_size = config.net.encoder.image_size
         self.num_classes = config.net.num_classes
-        self.net = segmenter.Segmenter(config.net, dtype)
+        self.input = encoder_input.Input(config, config.net.encoder, dtype)
+        self.net = segmenter.Segmenter(config.net, dtype, self.input.num_codes)
         self._logits = jax.jit(self.logits)
 
     @property
@@ -76,10 +84,13 @@ class Task(tasks.Segmenter):
     def init(self, rng):
         return {"segmenter": segmenter.init(self.net, rng)}
 
+    def load_frozen(self):
+        return self.input.frozen
+
     def load_pretrained(self):
         """The encoder that fine-tuning starts from; its relative positions and LayerScale, and all else, start anew."""
         init, path = functools.partial(segmenter.init, self.net), self.config.encoder_weights
-        return encoder.pretrained(path, "segmenter", init, self.config.net.encoder)
+        return encoder.pretrained(path, "segmenter", init, self.config.net.encoder, self.input.frozen)
 
     def open_source(self, split, data):
         source = pipeline.open_source(data, split, self.image_size)
@@ -98,8 +109,8 @@ class Task(tasks.Segmenter):
         return segmentation.TrainSegmentation(self.image_size, labels, *changes)
 
     def loss(self, params, frozen, batch, rng, train: bool):
-        params, image, size = params["segmenter"], images.to_unit(batch["image"]), batch["size"]
-        statistics = {}
+        params, size, statistics = params["segmenter"], batch["size"], {}
+        image = self.input(frozen, images.to_unit(batch["image"]), size)
         if train:
             logits, measured = segmenter.training_logits(self.net, params, image, size, rng)
             statistics = {tasks.STATISTICS: {"segmenter": measured}}
@@ -112,7 +123,8 @@ class Task(tasks.Segmenter):
 
     def logits(self, params, frozen, image):
         """`image` uint8 [B,S,S,3] -> float32 [B,s,s,C]; for patches of 16 pixels s is S/4."""
-        logits = self.net.apply({"params": params["segmenter"]}, images.to_unit(image), method="logits")
+        image = self.input(frozen, images.to_unit(image))
+        logits = self.net.apply({"params": params["segmenter"]}, image, method="logits")
         return partition.constrain(logits, "batch", None, None, None)
 
     def segment(self, params, frozen, image, batch: int = 0):

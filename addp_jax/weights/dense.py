@@ -83,4 +83,6 @@ def configs(path: str) -> dict | None:
 def arrange(name: str, params: dict, fields: dict) -> dict[str, np.ndarray]:
     """All tensors of a file of the format `name`. fields: `config.model` of the run, whose `net` is the network's."""
     kind = FORMATS[name]
+    if "token_embed" in params[kind.network]["encoder"]:
+        raise errors.UserError(f"layout={name}: this {kind.network} reads tokens, {kind.of} pixels")
     return kind.to_tensors(params[kind.network], schema.build(kind.config, fields["net"], "config.model.net"))
