@@ -70,7 +70,7 @@ class Embedding(nn.Module):
     def embed(self, inputs, size=None, kernel_init=layers.XAVIER):
         """Pixels [B,H,W,3] in [0,1], or token ids int32 [B,h,w] -> ([B,h*w,D], (h, w)).
 
-        size: of the pictures, int32 [B,2], top left; beyond it the mean colour is read. Not for token ids.
+        size: of the pictures, int32 [B,2], top left; beyond it the mean colour is read. Of token ids it says nothing.
         """
         width, side = self.config.width, self.config.patch_size
         if self.num_codes:
