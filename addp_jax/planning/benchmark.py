@@ -106,7 +106,7 @@ def _alone(call: calls.Call, mesh, looped: bool) -> Row:
         return call.function(variables, arrays, rng)
 
     layouts = [partition.batch_sharding(mesh), partition.replicated(mesh)]
-    arrays = [made_up(array, layouts[array.shape[0] % mesh.size > 0]) for array in call.arrays]
+    arrays = [made_up(array, layouts[not array.ndim or array.shape[0] % mesh.size > 0]) for array in call.arrays]
     return measure(call.name, run, made_up(call.variables, layouts[1]), arrays, jax.random.key(0))
 
 

@@ -8,7 +8,7 @@ from typing import Any, Callable
 import flax.linen as nn
 import jax
 
-PARTS = ("encode", "decode")  # methods that are timed as they are; `__call__` only where it has no such part
+PARTS = ("encode", "decode")  # methods that count by themselves, instead of the one that calls them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +27,13 @@ def record(function, *args) -> list[Call]:
 
     def note(run, args, kwargs, context):
         module, method = context.module, context.method_name
-        if method not in ("__call__", *PARTS) or module.scope is None or module.scope.path or inside:
+        counts = method != "setup" and not inside or (method in PARTS and not set(inside) & set(PARTS))
+        if not counts or module.scope is None or module.scope.path:
             return run(*args, **kwargs)
         before = len(runs)
-        if method in PARTS:
-            inside.append(method)
+        inside.append(method)
         out = run(*args, **kwargs)
-        if method in PARTS:
-            inside.pop()
+        inside.pop()
         if len(runs) == before:
             runs.append(_call(module, method, (args, kwargs)))
         return out
