@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
@@ -175,9 +176,11 @@ class Interrupt:
       cut_short: whether one came within `at_once`.
     """
 
+    _at_once: Interrupt | None = None  # the one that is within it
+
     def __init__(self):
         self.requested, self.cut_short = 0, False
-        self._asked, self._before, self._at_once = 0, {}, False
+        self._asked, self._agreed, self._before = 0, False, {}
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -190,11 +193,12 @@ class Interrupt:
         """Whether to stop now; to be asked after each step."""
         if not jax.distributed.is_initialized():
             return bool(self.requested)
-        self._asked += 1  # one by one: they agree on the number after the highest one that any of them has reached
-        if multihost_utils.reached_preemption_sync_point(self._asked):
+        if not self._agreed:
+            self._asked += 1  # one by one: they agree on the number after the highest one that any of them has reached
+            self._agreed = multihost_utils.reached_preemption_sync_point(self._asked)
+        if self._agreed:
             self.requested = self.requested or signal.SIGTERM
-            return True
-        return False
+        return self._agreed
 
     def leave(self) -> None:
         """To be asked where there is nothing to save yet. Raises SystemExit if a signal came."""
@@ -204,14 +208,15 @@ class Interrupt:
 
     @contextlib.contextmanager
     def at_once(self):
-        """Of a process that is alone, a signal ends what is done within, and `cut_short` is set."""
-        self._at_once = not jax.distributed.is_initialized()
+        """A signal ends what is done within, and `cut_short` is set: in the midst of it where a process is alone, else
+        before the next of `stoppable` batches."""
+        Interrupt._at_once = self
         try:
             yield
         except _Stopped:
             self.cut_short = True
         finally:
-            self._at_once = False
+            Interrupt._at_once = None
 
     def _request(self, number, frame):
         if number == signal.SIGINT:
@@ -221,7 +226,7 @@ class Interrupt:
         self.requested = number
         if jax.distributed.is_initialized():
             os.kill(os.getpid(), signal.SIGTERM)
-        elif self._at_once:
+        elif self._at_once is self:
             raise _Stopped
 
     def __exit__(self, *_):
@@ -231,3 +236,11 @@ class Interrupt:
 
 class _Stopped(Exception):
     """A signal came within `Interrupt.at_once`."""
+
+
+def stoppable(batches: Iterable) -> Iterator:
+    """`batches`, of which all processes take equally many; within `Interrupt.at_once` a signal ends them."""
+    for batch in batches:
+        if Interrupt._at_once and Interrupt._at_once.after():
+            raise _Stopped
+        yield batch

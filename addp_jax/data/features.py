@@ -123,7 +123,7 @@ def batches_of(source, transform, function, config: pipeline.Config, batch_size:
     rows = partition.rows(mesh, batch_size)
     batches = pipeline.eval_batches(source, transform, batch_size=batch_size, config=config, rows=rows)
     left = len(source)
-    for batch in pipeline.to_device(batches, partition.batch_sharding(mesh)):
+    for batch in processes.stoppable(pipeline.to_device(batches, partition.batch_sharding(mesh))):
         results, label, valid = partition.whole((function(batch["image"]), batch["label"], batch["valid"]))
         yield results[:left], label[:left], valid[:left]
         left -= len(valid)

@@ -10,7 +10,7 @@ import os
 import jax
 import numpy as np
 
-from addp_jax import errors, files, partition, pictures, samplers, tasks
+from addp_jax import errors, files, partition, pictures, processes, samplers, tasks
 from addp_jax.data import part, pipeline
 from addp_jax.metrics import feature_sets
 from addp_jax.ops import images, keys
@@ -59,14 +59,16 @@ def on_device(program, source, batch_size: int):
         source, program.task.transform("eval", config), batch_size=batch_size, config=config,
         rows=partition.rows(program.mesh, batch_size), fields=program.task.evaluation_fields,
     )  # fmt: skip
-    return pipeline.to_device(batches, partition.batch_sharding(program.mesh))
+    return processes.stoppable(pipeline.to_device(batches, partition.batch_sharding(program.mesh)))
 
 
 def one_by_one(program, source):
     """This process's share of the examples of `source`, as the evaluation's transform gives them."""
     config, task = program.config.data, program.task
     transform, share = task.transform("eval", config), partition.share(program.mesh)
-    return pipeline.one_by_one(source, transform, config=config, share=share, fields=task.evaluation_fields)
+    return processes.stoppable(
+        pipeline.one_by_one(source, transform, config=config, share=share, fields=task.evaluation_fields)
+    )
 
 
 def distances(program, params, frozen) -> tuple[dict, dict]:

@@ -35,7 +35,6 @@ from addp_jax import errors, files, parameters, processes, schema
 from addp_jax.weights import lock, manifest, mirror, provenance, quiet
 
 STEP = re.compile("0|[1-9][0-9]*")  # how a step's folder is named
-
 quiet.install()
 
 
@@ -150,6 +149,7 @@ class Checkpointer:
                 ocp.type_handlers.register_type_handler(jax.Array, writer, override=True)
                 handlers = {"state": ocp.StandardCheckpointHandler(multiprocessing_options=own, use_ocdbt=False)}
             self._manager = ocp.CheckpointManager(self._root, options=options, item_handlers=handlers)
+            self._manager.reached_preemption = lambda step: False  # it would upset the numbers of `processes.Interrupt`
         return self._manager
 
     def _commit(self, step):
