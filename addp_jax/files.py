@@ -31,6 +31,10 @@ from addp_jax import errors
 
 REASON_LENGTH = 200  # characters of another library's message that are shown
 TEMPORARY = ".tmp"  # ending of a file that is being written
+PASSING = {  # what a mount, a network or a disk says that may be well again later
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENOTCONN, errno.ECONNRESET,
+    errno.ECONNABORTED, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOSPC, errno.EDQUOT,
+}  # fmt: skip
 
 
 def expand(path: str) -> str:
@@ -50,8 +54,15 @@ def reason(error: BaseException) -> str:
     return printable((text.strip() or type(error).__name__).splitlines()[0], REASON_LENGTH)
 
 
+def may_pass(error: Exception) -> bool:
+    """Whether what failed may be well again later."""
+    return error.passing if isinstance(error, errors.UserError) else isinstance(error, OSError) and error.errno in PASSING
+
+
 @contextlib.contextmanager
-def explain(problem: str, *kinds: type[Exception], advice: str = "") -> Iterator[None]:
+def explain(
+    problem: str, *kinds: type[Exception], advice: str = "", passing: Callable[[Exception], bool] = may_pass
+) -> Iterator[None]:
     """An error of the block becomes a UserError: `problem`, its reason, and `advice` as it is.
 
     kinds: OSError where none is given. A UserError passes as it is, unless it is one of the kinds.
@@ -61,7 +72,7 @@ def explain(problem: str, *kinds: type[Exception], advice: str = "") -> Iterator
     except kinds or OSError as error:
         if isinstance(error, errors.UserError) and errors.UserError not in kinds:
             raise
-        raise errors.UserError(f"{problem}: {reason(error)}{advice}") from error
+        raise errors.UserError(f"{problem}: {reason(error)}{advice}", passing(error)) from error
 
 
 def cause_of_failed_write(error: BaseException) -> str:

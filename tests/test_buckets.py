@@ -1,6 +1,7 @@
 """addp_jax.weights.buckets, mirror and bucket_lock on fsspec's file system in memory."""
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -137,6 +138,35 @@ def test_the_newest_checkpoint_that_is_whole_is_taken(tmp_path, work, bucket, ca
     assert bucket.exists("checkpoints/3/state/a/0")  # never deleted
     pushed(work, 3, keep=9)  # but written anew
     assert not bucket.exists("checkpoints/3/damaged.json") and pulled(tmp_path / "later") == 4
+
+
+class Answer(Exception):
+    """Of a store, as gcsfs raises it."""
+
+    def __init__(self, code):
+        super().__init__(f"no, {code}")
+        self.code = code
+
+
+@pytest.mark.parametrize("error, status", [
+    (OSError("out of order"), 75), (TimeoutError(), 75), (Answer(503), 75), (Answer("429"), 75), (OSError(errno.ENOSPC, "full"), 75),
+    (Answer(401), 2), (OSError("Forbidden: bucket/run"), 2), (PermissionError(), 2), (ValueError("Bad Request"), 2),
+])  # fmt: skip
+def test_a_store_that_fails_for_the_moment_asks_for_another_start(bucket, monkeypatch, error, status):
+    monkeypatch.setattr(memory.MemoryFileSystem, "pipe_file", lambda *_, **__: (_ for _ in ()).throw(error))
+    with refused("cannot write to memory://bucket/run: ") as caught:
+        bucket.write("lock", b"")
+    assert caught.value.status == status
+
+
+def test_a_checkpoint_that_cannot_be_read_for_the_moment_is_not_damaged(tmp_path, work, bucket, monkeypatch):
+    for step in (1, 2):
+        pushed(work, step, keep=2)
+    with monkeypatch.context() as patch, refused("cannot read .*: out of order") as caught:
+        patch.setattr(memory.MemoryFileSystem, "get_file", lambda *_, **__: (_ for _ in ()).throw(OSError("out of order")))
+        pulled(tmp_path / "run", set_aside=True)
+    assert caught.value.status == 75
+    assert pulled(tmp_path / "run", set_aside=True) == 2
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path, work, bucket):

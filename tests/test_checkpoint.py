@@ -307,6 +307,7 @@ def test_full_disk_is_one_clear_error_and_loses_no_checkpoint(small_disk, leave)
     with pytest.raises(errors.UserError, match="no space left on .*the last good checkpoint is step [12]$") as caught:
         run.save(2, state(2))
         run.wait()
+    assert caught.value.status == 75
     last = int(str(caught.value)[-1])
     assert last == 1 or leave == 280_000  # with space for the data but not the hashes 2 may be committed
     assert str(last) in folders(small_disk)

@@ -165,7 +165,7 @@ def contents(folder: pathlib.Path) -> dict:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_killed_twice_and_resumed_a_generation_is_byte_identical_and_two_processes_make_the_same(trained, weights, tmp_path):
+def test_killed_and_stopped_and_resumed_a_generation_is_byte_identical_and_two_processes_make_the_same(trained, weights, tmp_path):
     fields = {"generate__num_images": NUM_IMAGES, "generate__batch_size": 7, "generate__strips": 0} | weights | STEPS
     flags = ["--mode=generate", *(f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items())]
     config, workdir = "configs/demo_addp.py:tiny", str(trained / "addp")
@@ -179,12 +179,12 @@ def test_killed_twice_and_resumed_a_generation_is_byte_identical_and_two_process
             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
-    for kill in KILLS:
+    for kill, number in zip(KILLS, (signal.SIGKILL, signal.SIGTERM)):
         process = start("killed")
         while len(list((tmp_path / "killed" / "images").glob("*.png"))) < kill and process.poll() is None:
             time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, process.communicate()[1]
+        process.send_signal(number)
+        assert process.wait() == -number, process.communicate()[1]
         assert len(list((tmp_path / "killed" / "images").glob("*.png"))) < NUM_IMAGES
     for folder, command in (("killed", alone), ("undisturbed", alone), ("two", ["launch/local.sh", "2", config, workdir])):
         process = start(folder, command)

@@ -64,7 +64,7 @@ class Log:
         try:
             method(step, values)
         except errors.UserError as error:
-            raise errors.UserError(f"{error}; {self.last_checkpoint()}") from error
+            raise errors.UserError(f"{error}; {self.last_checkpoint()}", error.passing) from error
 
     def last_checkpoint(self) -> str:
         newest = self.saver.newest()

@@ -91,7 +91,7 @@ def read_with_identity(path: str, wanted=None, field: str = "") -> tuple[dict[st
         params, info = checkpoint.load_params(path, ema=True)
         return params, info["identity"]
     except errors.UserError as error:
-        raise errors.UserError(f"{field}{error}") from error
+        raise errors.UserError(f"{field}{error}", error.passing) from error
 
 
 def fit(networks: dict, shapes: dict, where: str) -> dict:

@@ -43,7 +43,7 @@ class Bucket:
         """Raises UserError if nothing that is installed opens such a URL."""
         self.url, scheme = url.rstrip("/"), url.split("://")[0]
         advice = f"; pip install -e '.[{EXTRAS[scheme]}]'" if scheme in EXTRAS else ""
-        self._failing = lambda doing: files.explain(f"cannot {doing} {self.url}", Exception)
+        self._failing = lambda doing: files.explain(f"cannot {doing} {self.url}", Exception, passing=_may_pass)
         with files.explain(f"cannot open {self.url}", ImportError, ValueError, advice=advice):
             self._system, self._root = fsspec.url_to_fs(self.url, auto_mkdir=True)
 
@@ -105,6 +105,15 @@ class Bucket:
         return f"{self._root}/{name}" if name else self._root
 
 
+def _may_pass(error: Exception) -> bool:
+    """Whether a store may be well again later: unless it says that something is missing, forbidden or not understood."""
+    code = str(getattr(error, "code", ""))  # of HTTP
+    refused = isinstance(error, (FileNotFoundError, PermissionError, ImportError, ValueError)) or (
+        str(error).startswith("Forbidden") or (code.startswith("4") and code not in ("408", "429"))
+    )
+    return not refused
+
+
 def committed(names: Iterable[str]) -> list[int]:
     """Steps of which `names`, relative to the folder of checkpoints, hold the manifest; newest first."""
     pairs = [name.split("/") for name in names]
@@ -126,7 +135,7 @@ def pull_newest(
     checkpoints: the bucket of a run's checkpoints.
     agreed: whether a copy is good in all processes, each of which makes its own.
     set_aside: the manifest of a damaged step becomes damaged.json, so that the step is not taken any more.
-    A damaged step is told on stderr. Raises UserError if all steps are damaged.
+    A damaged step is told on stderr. Raises UserError if all steps are damaged, or the store fails for the moment.
     """
     names = checkpoints.sizes()
     for step in committed(names):
@@ -135,6 +144,8 @@ def pull_newest(
             checkpoints.download(of_step(names, step), folder)
             problem = manifest.inspect(local)
         except errors.UserError as error:
+            if error.passing:  # it is not the step's fault
+                raise
             problem = str(error)
         if agreed(not problem):
             return step
@@ -161,7 +172,7 @@ def fetched(path: str, field: str = "") -> str:
     try:
         return _fetched(path.rstrip("/"))
     except errors.UserError as error:
-        raise errors.UserError(f"{field}{error}") from error
+        raise errors.UserError(f"{field}{error}", error.passing) from error
 
 
 @functools.cache

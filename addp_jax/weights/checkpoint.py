@@ -174,7 +174,7 @@ class Checkpointer:
             raise error
         newest = max(_steps(self._root), default=None)
         last = "there is no good checkpoint" if newest is None else f"the last good checkpoint is step {newest}"
-        raise errors.UserError(f"checkpoint {step}: {cause} {self._root}; {last}") from error
+        raise errors.UserError(f"checkpoint {step}: {cause} {self._root}; {last}", passing=True) from error
 
     def _restore(self, step, abstract_state):
         """(state, "") or (None, what is damaged); every process gives the same answer."""

@@ -87,7 +87,10 @@ class Mirror(os.PathLike):
     def _push(self) -> None:
         written = self._written()
         changed = [name for name, state in written.items() if self._pushed.get(name) != state]
-        with tempfile.TemporaryDirectory(prefix="addp_jax-") as room:  # the log grows while it is read
+        with (
+            files.explain(f"cannot copy {self._folder} before its upload"),
+            tempfile.TemporaryDirectory(prefix="addp_jax-") as room,  # the log grows while it is read
+        ):
             for name in changed:
                 copy = pathlib.Path(room) / name
                 copy.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +134,7 @@ class Mirror(os.PathLike):
             entries |= json.loads(processes.told(f"bucket/{step}/{other}"))
         stored = self._checkpoints.sizes(str(step))
         if wrong := [name for name, (size, _) in entries.items() if stored.get(f"{step}/{name}") != size]:
-            raise errors.UserError(f"{self._checkpoints.url}/{step}/{wrong[0]} did not arrive whole")
+            raise errors.UserError(f"{self._checkpoints.url}/{step}/{wrong[0]} did not arrive whole", passing=True)
         self.push()  # the log up to this step
         self._checkpoints.write(f"{step}/{manifest.NAME}", manifest.text(entries).encode())
         self._remove_old(step, keep, keep_every)

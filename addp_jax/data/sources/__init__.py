@@ -4,7 +4,6 @@ A source file has `open_split(config, split, image_size) -> Source`, where confi
 is the file's name, and split "train" or "eval". Sources are cheap to pickle: every worker process gets a copy.
 """
 
-import errno
 import hashlib
 import importlib
 import itertools
@@ -20,10 +19,6 @@ from addp_jax import errors, files
 
 LARGEST_LABEL = 2**31 - 1
 WAITS = (0.5, 2.0, 8.0)  # seconds before a read is tried again
-PASSING = {  # what a mount or a network says that may be well again later
-    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENOTCONN, errno.ECONNRESET,
-    errno.ECONNABORTED, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH,
-}  # fmt: skip
 
 
 @runtime_checkable
@@ -146,7 +141,7 @@ def patiently(read: Callable, path: str):
         try:
             return read(path)
         except OSError as error:
-            passing = error.errno in PASSING
+            passing = files.may_pass(error)
             if not passing or wait is None:
                 raise errors.Unreadable(f"cannot read {path}: {files.reason(error)}", passing) from error
         time.sleep(wait)
