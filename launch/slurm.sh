@@ -57,14 +57,15 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$(dirname "$workdi
 nodes=${SLURM_JOB_NUM_NODES:-1} gpus=${SLURM_GPUS_ON_NODE:-1}
 cpus=${SLURM_CPUS_PER_TASK:-$((${SLURM_CPUS_ON_NODE:-1} / gpus))}
 
-newest() { { ls "$workdir/checkpoints" 2>/dev/null || true; } | grep -x '[0-9]*' | sort -n | tail -n 1 || true; }
+# shellcheck source=launch/newest.sh
+. "$root/launch/newest.sh"
 
 # scancel reaches the processes and not this shell; srun, sent a SIGTERM itself, would kill them. Slurm sends USR1 to this
 # shell alone, but SIGTERM, when it preempts or cancels, to the processes as well.
 ending=""
 trap 'ending=limit; scancel --signal=TERM "$SLURM_JOB_ID" || true' USR1
 trap 'ending=${ending:-TERM}' TERM
-starts=0 step=$(newest)
+starts=0 step=$(newest "$workdir")
 while :; do
     # --wait: when a process has ended the others have a minute to end by themselves, with a status that says why
     srun --kill-on-bad-exit=0 --wait=60 --ntasks=$((nodes * gpus)) --ntasks-per-node="$gpus" --cpus-per-task=$((cpus > 0 ? cpus : 1)) \
@@ -78,8 +79,8 @@ while :; do
     case $status in 0 | 2) exit $status ;; esac
     [ -z "$ending" ] || break
     starts=$((starts + 1))
-    [ "$step" = "$(newest)" ] || starts=1
-    step=$(newest)
+    before=$step step=$(newest "$workdir")
+    [ "$step" = "$before" ] || starts=1
     echo "the run ended with status $status; newest checkpoint: ${step:-none}" >&2
     [ $starts -lt $STARTS ] || { echo "error: $STARTS starts in a row without a new checkpoint" >&2; exit $status; }
     sleep $((PAUSE * starts)) &

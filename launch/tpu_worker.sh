@@ -9,6 +9,8 @@
 # hold a lock on `alive`: the kernel says whether they are there, also after a reboot.
 set -euo pipefail
 worker=$(readlink -f "$0")
+# shellcheck source=launch/newest.sh
+. "$(dirname "$worker")/newest.sh"
 mkdir -p ~/addp_run
 cd ~/addp_run
 
@@ -48,7 +50,7 @@ train() { # CHIP PREPARE CONFIG WORKDIR [FLAG...]
     # The images' own Python is too old, and may refuse packages beside its own: not so in a folder of ours.
     [ -x ~/addp_run/uv/bin/uv ] || python3 -m pip install --quiet --target ~/addp_run/uv uv
     [ -d .venv ] || ~/addp_run/uv/bin/uv venv --quiet --python 3.12
-    ~/addp_run/uv/bin/uv pip install --quiet -e '.[tpu]'
+    ~/addp_run/uv/bin/uv pip install --quiet -e '.[tpu,gs]'
     eval "$prepare" 9>&- # a mount that it leaves behind is no part of the run
     export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$(dirname "$workdir")/xla_cache}
     # shellcheck disable=SC1090
@@ -56,15 +58,10 @@ train() { # CHIP PREPARE CONFIG WORKDIR [FLAG...]
     JAX_PLATFORMS=${JAX_PLATFORMS:-tpu,cpu} exec .venv/bin/python -u -m addp_jax.main --distributed --config="$config" --workdir="$workdir" "${@:5}"
 }
 
-newest() { # checkpoint of the work directory
-    case $1 in gs://*) gcloud storage ls "$1/checkpoints/" ;; *) ls "$1/checkpoints" ;; esac 2>/dev/null |
-        tr -d / | sed 's/.*checkpoints//' | grep -x '[0-9]*' | sort -n | tail -n 1
-}
-
 state() {
     local status=255 # it is gone and could not say how
     if [ -e status ]; then status=$(cat status); elif running; then status=running; fi
-    echo "addp_run $(cat id 2>/dev/null || echo none) $status $(newest "$(cat workdir 2>/dev/null)" || true)"
+    echo "addp_run $(cat id 2>/dev/null || echo none) $status $(newest "$(cat workdir 2>/dev/null)")"
     [ $# = 0 ] || tail -c "+$(($1 + 1))" log
 }
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import launching
 import programs
 import pytest
 from test_processes import MINUTE, Launch, records
@@ -37,10 +38,7 @@ def start(workdir, photos, trouble, *flags):
 
 def both(workdir, photos, second):
     """How two processes end, of which the second one reads with trouble, and the seconds that they took."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        flags = f"--coordinator=localhost:{free.getsockname()[1]}", "--num_processes=2", "--process_id="
-    begun, *flags, number = time.time(), *flags
+    begun, flags, number = time.time(), (f"--coordinator=localhost:{launching.free_port()}", "--num_processes=2"), "--process_id="
     with start(workdir, photos, {}, *flags, number + "0") as sound, start(workdir, photos, second, *flags, number + "1") as other:
         return sound.end(), other.end(), time.time() - begun
 

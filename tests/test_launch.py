@@ -359,6 +359,13 @@ def test_slurm_starts_a_failed_run_again_while_there_are_new_checkpoints(script,
     assert ("without a new checkpoint" in problems) == (status not in (0, 2))
 
 
+def test_slurm_sees_new_checkpoints_in_a_bucket(cluster):
+    tools = cluster("134 134 step 1 0")
+    tools.add("gcloud", """[ "$*" = "storage ls gs://bucket/run/checkpoints/" ] && ls "$TOOLS/run/checkpoints" | sed 's|.*|gs://bucket/run/checkpoints/&/|'""")
+    status, _, problems = tools.call("slurm.sh", RUN[0], "gs://bucket/run", **INSIDE)
+    assert status == 0 and len(steps(tools)) == 5, problems
+
+
 @pytest.mark.parametrize("received, state, queued", [
     (signal.SIGUSR1, "RUNNING", True), (signal.SIGTERM, "RUNNING", True), (signal.SIGTERM, "CANCELLED", False),
 ])  # fmt: skip

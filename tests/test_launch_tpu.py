@@ -74,7 +74,7 @@ def test_a_slice_is_asked_for_installed_on_and_kept(pod):
         assert part in create
     trainers = [call for call in tools.calls if call.startswith("trainer")]
     command = f"trainer -u -m addp_jax.main --distributed --config={RUN[0]} --workdir={tools.workdir} {RUN[2]} "
-    assert trainers == [command] * 2 and "uv pip install --quiet -e .[tpu] " in tools.calls
+    assert trainers == [command] * 2 and "uv pip install --quiet -e .[tpu,gs] " in tools.calls
     environment = tools.read("environment").splitlines()
     assert {"MOUNTED=a b", "JAX_PLATFORMS=tpu,cpu", f"JAX_COMPILATION_CACHE_DIR={tools.folder}/runs/xla_cache"} <= set(environment)
     [flags] = [line for line in environment if line.startswith("LIBTPU_INIT_ARGS")]

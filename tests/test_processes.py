@@ -7,12 +7,12 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import jax
+import launching
 import numpy as np
 import programs
 import pytest
@@ -162,10 +162,7 @@ def test_the_parameters_are_those_of_one_process(story):
 @pytest.mark.parametrize("mistaken", [0, 1])
 def test_a_mistake_that_one_process_sees_ends_all_at_once(tmp_path, mistaken):
     """One of them lacks the folder of the images."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    flags = (f"--coordinator=localhost:{port}", "--num_processes=2", "--config.data.source=image_folder", "--config.data.num_train=0")
+    flags = (f"--coordinator=localhost:{launching.free_port()}", "--num_processes=2", "--config.data.source=image_folder", "--config.data.num_train=0")
     folder = tmp_path / "train"
     folder.mkdir()
     programs.photos(folder, {f"{kind}/{number}.png": (48, 48) for kind in range(8) for number in range(2)})

@@ -106,7 +106,7 @@ class Bucket:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether a store may be well again later: unless it says that something is missing, forbidden or not understood."""
+    """Whether a store may do it later: unless it says that something is missing, forbidden or not understood."""
     code = str(getattr(error, "code", ""))  # of HTTP
     refused = isinstance(error, (FileNotFoundError, PermissionError, ImportError, ValueError)) or (
         str(error).startswith("Forbidden") or (code.startswith("4") and code not in ("408", "429"))
