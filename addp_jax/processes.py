@@ -28,8 +28,10 @@ HEARTBEAT_SECONDS = 100  # without a sign of life from a process, the others end
 SHUTDOWN_SECONDS = 30  # for all processes to leave
 WAIT_SECONDS = 300  # for all processes to be there
 WATCH_SECONDS = 1.0  # between looks for a mistake of another process
-GRACE_SECONDS = 3.0  # in which the others may come to the same mistake by themselves, or hear of it
-FAILED, FIRST = "addp_jax/failed", "addp_jax/first_failed"  # keys of the coordination service
+GRACE_SECONDS = 3.0  # in which the others may come to the same mistake by themselves
+HEARING_SECONDS = 15.0  # in which the others hear of it: the first process serves what they read, and ends last
+FAILED, FIRST, HEARD = "addp_jax/failed", "addp_jax/first_failed", "addp_jax/heard"  # keys of the coordination service
+_ending = threading.Lock()  # of the thread that ends this process
 LOST = re.compile("gloo|nccl|coordination service|heartbeat|socket closed|connection reset|connection closed", re.I)
 
 
@@ -72,29 +74,39 @@ def name() -> str:
     return f"process {jax.process_index()} of {jax.process_count()}: " if jax.distributed.is_initialized() else ""
 
 
-def _all_failed(client) -> bool:
-    """Whether every process has come to a mistake, be it within the time of grace."""
-    deadline = time.monotonic() + GRACE_SECONDS
+def _all_have(key: str, seconds: float) -> bool:
+    """Whether every process has set its `key`, be it within this time."""
+    client, deadline = multihost.get_jax_distributed_client(), time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if len(client.key_value_dir_get(FAILED)) == jax.process_count():
+        if len(client.key_value_dir_get(key)) == jax.process_count():
             return True
         time.sleep(0.05)
     return False
 
 
+def _mistake() -> tuple[int, str] | None:
+    """(status, text) of a mistake that a process has come to, if one has."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # none yet
+        status, _, text = multihost.get_jax_distributed_client().key_value_try_get(FIRST).partition(" ")
+        return int(status), text
+    return None
+
+
 def _end_with_the_others(ending: threading.Event) -> None:
     """Ends this process once another one has come to a mistake; this one may wait for it in the middle of an operation."""
-    client = multihost.get_jax_distributed_client()
     while not ending.wait(WATCH_SECONDS):
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # none yet
-            status, _, text = client.key_value_try_get(FIRST).partition(" ")
-            if not _all_failed(client):
-                _end(int(status), text)
+        if mistake := _mistake():
+            if not _all_have(FAILED, GRACE_SECONDS):
+                _end(*mistake)
             return
 
 
 def _end(status: int, text: str) -> None:
+    _ending.acquire()
     print(f"error: {text}", file=sys.stderr, flush=True)
+    multihost.get_jax_distributed_client().key_value_set(f"{HEARD}/{jax.process_index()}", text, allow_overwrite=True)
+    if jax.process_index() == 0:
+        _all_have(HEARD, HEARING_SECONDS)
     os._exit(status)  # a regular exit would wait for the others
 
 
@@ -113,13 +125,14 @@ def as_one():
             client, text = multihost.get_jax_distributed_client(), f"{name()}{error}"
             client.key_value_set(f"{FAILED}/{jax.process_index()}", text, allow_overwrite=True)
             client.key_value_set(FIRST, f"{error.status} {text}", allow_overwrite=True)
-            if not _all_failed(client):
-                time.sleep(2 * WATCH_SECONDS)  # the others end first: the first process serves what they read
+            if not _all_have(FAILED, GRACE_SECONDS):
                 _end(error.status, text)
         raise
     except (ValueError, RuntimeError) as error:
         if not (jax.distributed.is_initialized() and LOST.search(str(error))):
             raise
+        if mistake := _mistake():  # of the one that is gone
+            _end(*mistake)
         reason = str(error).splitlines()[0]
         print(f"error: {name()}another process is gone ({reason}); start all of them again", file=sys.stderr, flush=True)
         os._exit(1)  # a regular exit would wait for the one that is gone

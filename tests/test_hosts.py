@@ -52,11 +52,10 @@ def test_a_mount_that_fails_for_a_moment_is_waited_for_and_a_slow_host_is_named(
 
 
 def test_a_mount_that_is_gone_ends_all_with_a_status_that_asks_for_a_new_try(tmp_path, photos):
-    (first, second, seconds) = both(tmp_path, photos, {"failing": [20, 10**9]})
-    status, _, problems = second
-    assert status == 75 and "Traceback" not in problems, problems
-    assert "error: process 1 of 2: cannot read " in problems and "Input/output error" in problems
-    assert first[0] in (75, 134), first  # 134 if jax has missed the other before ours has told; both are tried again
+    *ends, seconds = both(tmp_path, photos, {"failing": [20, 10**9]})
+    for status, _, problems in ends:
+        assert status == 75 and "Traceback" not in problems, problems
+        assert problems.count("error: process 1 of 2: cannot read ") == 1 and "Input/output error" in problems
     assert seconds < 5 * MINUTE  # of which most is the start on a loaded machine
 
 
