@@ -103,6 +103,10 @@ def story(tmp_path_factory):
     whole, run = str(root / "whole"), str(root / "run")
     told = {"whole": whole, "run": run}
     with alone(whole) as reference:
+        with two(run) as both:
+            both.process.stdout.readline()  # "2 processes, ..."
+            os.kill(both.member(1), signal.SIGTERM)
+            told["early"] = both.end()
         with two(run, "--config.mesh.data=1", "--config.mesh.fsdp=2") as both:
             both.until(run, 12)
             os.kill(both.member(1), signal.SIGKILL)
@@ -119,6 +123,12 @@ def story(tmp_path_factory):
             told["resumed"] = last.end()
         told["reference"] = reference.end()
     return told
+
+
+def test_sigterm_to_one_stops_all_also_at_the_start(story):
+    status, output, problems = story["early"]
+    assert status == 143 and "Traceback" not in problems, problems
+    assert "stopped by a signal" in output
 
 
 def test_when_one_is_killed_the_others_end_within_a_minute_and_say_so(story):
