@@ -1,6 +1,8 @@
 """Progress on the console. It is only shown: a terminal that is gone ends the showing, not the run."""
 
 import collections
+import contextlib
+import os
 import shutil
 import sys
 import time
@@ -8,6 +10,25 @@ import time
 PLAIN_SECONDS = 10.0  # between progress lines in a log file
 BAR_WIDTH = 24
 RATE_WINDOW = 20  # drawn lines over which steps/s is measured
+
+
+class Lasting:
+    """A stream whose reader may go away, or whose disk may be full: what it does not take is dropped."""
+
+    def __init__(self, stream):
+        """stream: None = closed from the beginning."""
+        self._stream = stream or open(os.devnull, "w", encoding="utf-8")
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
 
 
 class Progress:

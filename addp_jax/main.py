@@ -10,7 +10,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from addp_jax import errors, files
+from addp_jax import errors, files, logs
 
 MESSAGE_LENGTH = 2000  # characters of an error that are shown
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; any field can be set: --config.batch_size=64")
@@ -148,11 +148,12 @@ def flagged(message: str) -> str:
 
 
 def main(argv) -> None:
+    sys.stdout, sys.stderr = map(logs.Lasting, (sys.stdout, sys.stderr))
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     if len(argv) > 1:
         print(f"error: {argv[1]!r} is not a flag; see --help", file=sys.stderr)
         sys.exit(2)
     logging.set_verbosity(logging.WARNING)  # jax tells of every backend it does not find
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     try:
         plan_run() if MODE.value == "plan" else convert() if MODE.value in CONVERSIONS else run()
     except errors.UserError as error:

@@ -309,6 +309,13 @@ def test_progress_that_nobody_can_see_any_more_does_not_end_the_run(error, termi
     assert stream.tries == 1
 
 
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left on device")])
+def test_what_nobody_can_read_any_more_is_dropped(error):
+    stream = Broken(error)
+    print("text", file=logs.Lasting(stream), flush=True)
+    assert stream.tries and logs.Lasting(stream).isatty() == stream.isatty()
+
+
 def test_progress_without_a_stream_shows_nothing(monkeypatch):
     closed = io.StringIO()
     closed.close()
