@@ -13,7 +13,6 @@ which grow, is ever seen half written. Of a log read back, a line counts if its 
 it is a finite number.
 """
 
-import contextlib
 import functools
 import json
 import math
@@ -45,8 +44,9 @@ class Writer:
             return
         with self._naming_errors():
             (self._workdir / "tensorboard").mkdir(parents=True, exist_ok=True)
-            _drop_later_lines(self._workdir / "log.jsonl", start_step)
-            self._log = open(self._workdir / "log.jsonl", "a", encoding="utf-8")
+            self._path = self._workdir / "log.jsonl"
+            self._path.touch()
+            _drop_later_lines(self._path, start_step)
             # tensorboardX's SummaryWriter queues events to a thread: on a full disk that thread dies
             # and the run hangs. Its event file alone writes at once, and raises. The suffix keeps
             # a run resumed within the same second from overwriting the file before.
@@ -64,8 +64,8 @@ class Writer:
         values = {name: float(value) for name, value in values.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with self._naming_errors():
-            self._log.write(json.dumps({"step": int(step), "time": time.time(), **finite}) + "\n")
-            self._log.flush()
+            with open(self._path, "a", encoding="utf-8") as log:  # closed each time: only then a mounted bucket has it
+                log.write(json.dumps({"step": int(step), "time": time.time(), **finite}) + "\n")
             for name, value in values.items():
                 self._write(step, summary=summary.scalar(name, value))
 
@@ -82,7 +82,7 @@ class Writer:
 
     def close(self):
         if self._enabled:
-            with self._naming_errors(), contextlib.closing(self._log):
+            with self._naming_errors():
                 self._events.close()
 
     def _write(self, step, **content):
@@ -184,8 +184,6 @@ def holds(path, step: int, prefix: str) -> bool:
 
 def _drop_later_lines(path, start_step):
     """Rewrites the log without the lines the resumed run will write again, atomically."""
-    if not path.exists():
-        return
     kept = [line for line in _read_log(path) if start_step and line["step"] <= start_step]
     files.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
