@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 
 import jax
@@ -162,8 +163,11 @@ def test_a_part_of_the_split_is_spread_and_says_so(classifier, mesh, capsys):
     whole = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (whole["images"], whole["of"]) == (6, 6) and "accuracy" in whole
     run = program.create_training(folder_config(classifier / "data", batch_size=2, eval_batches=2), mesh=mesh)
-    with jax.set_mesh(run.mesh):
-        scalars, _ = evaluate.run(run, run.init(jax.random.key(0)), {})
+    with jax.set_mesh(run.mesh), pytest.MonkeyPatch.context() as patch:
+        state = run.init(jax.random.key(0))
+        scalars, _ = evaluate.run(run, state, {})
+        patch.setattr(os, "scandir", lambda path: pytest.fail(f"listed {path} again"))
+        assert evaluate.run(run, state, {})[0] == scalars
     assert (scalars["images"], scalars["of"]) == (4, 6) and "part/accuracy" in scalars and "accuracy" not in scalars
     with pytest.raises(errors.UserError, match="lower it|has fewer"):
         program.create(folder_config(classifier / "data", data__num_eval=7)).source("eval")

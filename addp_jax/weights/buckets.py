@@ -13,6 +13,7 @@ import contextlib
 import functools
 import os
 import pathlib
+import re
 import shutil
 import sys
 import tempfile
@@ -26,6 +27,8 @@ from addp_jax.weights import manifest
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"  # of a run, beside its checkpoints
 DAMAGED = "damaged.json"  # what the manifest of a step is renamed to whose files do not agree with it
+REFUSALS = FileNotFoundError, PermissionError, ImportError, ValueError
+REFUSED = re.compile(r"^Forbidden|, 4(?!08|29)\d\d$")  # what gcsfs says; 408 and 429 may pass
 EXTRAS = {"gs": "gs", "gcs": "gs"}  # by the scheme of a URL, the extra that installs what opens it
 
 
@@ -107,11 +110,7 @@ class Bucket:
 
 def _may_pass(error: Exception) -> bool:
     """Whether a store may do it later: unless it says that something is missing, forbidden or not understood."""
-    code = str(getattr(error, "code", ""))  # of HTTP
-    refused = isinstance(error, (FileNotFoundError, PermissionError, ImportError, ValueError)) or (
-        str(error).startswith("Forbidden") or (code.startswith("4") and code not in ("408", "429"))
-    )
-    return not refused
+    return not (isinstance(error, REFUSALS) or REFUSED.search(str(error)))
 
 
 def committed(names: Iterable[str]) -> list[int]:
