@@ -1,7 +1,5 @@
 """The exceptions that are meant for the person at the keyboard."""
 
-MISTAKE, PASSING = 2, 75  # exit statuses: starting again does not help; it may (sysexits.h: a temporary failure)
-
 
 class UserError(Exception):
     """Something the user can put right: a wrong field, file or folder.
@@ -18,7 +16,8 @@ class UserError(Exception):
 
     @property
     def status(self) -> int:
-        return PASSING if self.passing else MISTAKE
+        """Of the process: 2 where starting again does not help, 75 where it may (a temporary failure in sysexits.h)."""
+        return 75 if self.passing else 2
 
 
 class Unreadable(UserError):

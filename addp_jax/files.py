@@ -66,6 +66,7 @@ def explain(
     """An error of the block becomes a UserError: `problem`, its reason, and `advice` as it is.
 
     kinds: OSError where none is given. A UserError passes as it is, unless it is one of the kinds.
+    passing: of an error, whether it may be well again later.
     """
     try:
         yield

@@ -31,8 +31,8 @@ WATCH_SECONDS = 1.0  # between looks for a mistake of another process
 GRACE_SECONDS = 3.0  # in which the others may come to the same mistake by themselves
 HEARING_SECONDS = 15.0  # in which the others hear of it: the first process serves what they read, and ends last
 FAILED, FIRST, HEARD = "addp_jax/failed", "addp_jax/first_failed", "addp_jax/heard"  # keys of the coordination service
-_ending = threading.Lock()  # of the thread that ends this process
 LOST = re.compile("gloo|nccl|coordination service|heartbeat|socket closed|connection reset|connection closed", re.I)
+_ending = threading.Lock()  # of the thread that ends this process
 
 
 def start(coordinator: str | None, num_processes: int | None, process_id: int | None, interruptible: bool) -> None:

@@ -197,7 +197,7 @@ look() { # [byte]: sets id, trainer (running or its exit status) and step (newes
 copy() {
     local node
     for node in "${nodes[@]}"; do
-        tpus tpu-vm scp "$scratch/addp_jax.tar.gz" launch/tpu_worker.sh launch/newest.sh "$node:" --worker=all "${ssh[@]}" || return
+        tpus tpu-vm scp "$scratch/addp_jax.tar.gz" launch/newest.sh launch/tpu_worker.sh "$node:" --worker=all "${ssh[@]}" || return
     done
 }
 
