@@ -275,6 +275,18 @@ def test_a_store_that_fails_for_a_while_is_tried_again_and_at_the_end_is_an_erro
             raise KeyError
 
 
+def test_no_room_for_what_is_uploaded_asks_for_another_start(work, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with open(f"{work}/log.jsonl", "w") as file:
+        file.write("1")
+    monkeypatch.setattr(mirror.shutil, "copyfile", full)
+    with refused("cannot copy .* before its upload: No space left on device") as caught:
+        work.push()
+    assert caught.value.status == 75
+
+
 def test_the_folder_of_a_killed_run_is_removed_by_the_next_one(tmp_path, monkeypatch):
     monkeypatch.setattr(mirror.tempfile, "tempdir", str(tmp_path))
     code = "import os, signal\nfrom addp_jax.weights import mirror\nwith mirror._room() as room:\n room.mkdir(); os.kill(os.getpid(), 9)"
