@@ -24,6 +24,6 @@ def get_config(arg=""):
     )  # fmt: skip
     config = demo.run("classification", model, 50, 32, 3e-3)
     config.data.update(num_train=demo.NUM_CLASSES * LABELS, flip=False)
-    config.optim.update(betas=(0.9, 0.999), layer_decay=0.8)
+    config.optim.betas = (0.9, 0.999)
     config.eval_batches = 0
     return demo.sized(config, arg)

@@ -26,7 +26,7 @@ run() { # name, config, encoder, more flags
 
 for seed in 0 1 2; do
     run "finetuned_$seed" demo_classification "$encoder" --config.seed=$seed
-    run "scratch_$seed" demo_classification "" --config.seed=$seed --config.optim.base_lr=0.008 --config.optim.layer_decay=1.0
+    run "scratch_$seed" demo_classification "" --config.seed=$seed --config.optim.base_lr=0.008
 done
 run probe demo_probe "$encoder" --config.model.cache="$output/features"
 run probe_random demo_probe random --config.model.cache="$output/features"
