@@ -34,7 +34,7 @@ class Tools:
         environment = self.environment | environment
         return subprocess.Popen(
             command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # bash cannot trap what it finds ignored
+            preexec_fn=heed_signals,
         )  # fmt: skip
 
     def call(self, script: str, *arguments, cwd=None, **environment):
@@ -52,6 +52,12 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return free.getsockname()[1]
+
+
+def heed_signals():
+    """What ignores SIGINT, or nohup SIGHUP, passes that on, and bash does nothing about what it finds ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def wait_for(condition, seconds: float = 30):
