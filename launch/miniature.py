@@ -81,7 +81,7 @@ def jobs(out: pathlib.Path, rows: list[str], seeds: int) -> Iterator[Job]:
             if encoder:
                 stage, frozen = ("demo_predictor", tokens) if row == "mage" else ("demo_addp", nets)
                 sampling = frozen | {"generate.sweep": "steps=20", "evaluate.features": judge, "evaluate.seed": seed}
-                job = measured("samples", stage, 3, sampling, {"frechet": "frechet_2k"}, seed)
+                job = measured("samples", stage, 6, sampling, {"frechet": "frechet_2k"}, seed)
                 yield dataclasses.replace(job, sampled=encoder)
             probe, frozen = "demo_probe", {"model.encoder_weights": encoder or "random"}
             if row == "mage":
