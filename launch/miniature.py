@@ -18,17 +18,18 @@ import sys
 import time
 from collections.abc import Iterator
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from addp_jax import files, pictures
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-ALIGNMENT = {"weight": 1.0, "block": 2, "target_block": 4}
 ADDP = {  # rows that are a run of ADDP: what their config has of its own
     "addp": {},
-    "aligned": {f"model.alignment.{name}": value for name, value in ALIGNMENT.items()} | {"optim.ema_decay": 0.99},
+    "aligned": {
+        "model.alignment.weight": 1.0, "model.alignment.block": 2, "model.alignment.target_block": 4,
+        "optim.ema_decay": 0.99,
+    },
     "one_step": {"model.masks.max_jump": 1},
 }
 ROWS = ("scratch", "mage", *ADDP)
@@ -122,7 +123,6 @@ def run(job: Job, out: pathlib.Path, flags: list[str]) -> dict[str, float]:
 
 def table(figures: dict[str, dict[str, list[float]]], seeds: int, hours: float) -> str:
     """Markdown: mean and, of several seeds, standard deviation; `figures`: {row: {column: a value of each seed}}."""
-
     lines = [["encoder", *(name for name, _, _ in COLUMNS.values())], ["---"] * (1 + len(COLUMNS))]
     for row, values in figures.items():
         cells = (np.array(values[column]) * factor for column, (_, factor, _) in COLUMNS.items())
@@ -134,8 +134,8 @@ def table(figures: dict[str, dict[str, list[float]]], seeds: int, hours: float) 
 def draw(figures: dict[str, dict[str, list[float]]], path: pathlib.Path) -> None:
     """A panel for each column: bars of the means, a dot for every seed."""
     shown = [column for column in COLUMNS if any(values[column] for values in figures.values())]
-    figure, panels = pyplot.subplots(1, len(shown), figsize=(2.2 * len(shown), 3), squeeze=False, layout="constrained")
-    for panel, column in zip(panels[0], shown):
+    figure = Figure(figsize=(2.2 * len(shown), 3), dpi=120, layout="constrained")
+    for panel, column in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
         name, factor, better = COLUMNS[column]
         panel.set_title(f"{name}\n({better} is better)", fontsize=8)
         for place, row in enumerate(figures):
@@ -144,8 +144,7 @@ def draw(figures: dict[str, dict[str, list[float]]], path: pathlib.Path) -> None
                 panel.bar(place, values.mean(), color=f"C{place}", alpha=0.6)
                 panel.plot([place] * len(values), values, "k.", markersize=4)
         panel.set_xticks(range(len(figures)), list(figures), rotation=60, fontsize=8)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    pictures.write(path, figure.savefig)
 
 
 def main(argv=None) -> None:
@@ -174,16 +173,14 @@ def main(argv=None) -> None:
         started = time.monotonic()
         figures = run(job, out, flags)
         done[job.name] = [time.monotonic() - started, figures]
-        partial = done_file.with_suffix(".tmp")
-        partial.write_text(json.dumps(done, indent=1))
-        partial.replace(done_file)
+        files.write_text(done_file, json.dumps(done, indent=1))
     figures = {row: collections.defaultdict(list) for row in rows}
     for job in planned:
         for column, value in done[job.name][1].items():
             figures[job.row][column].append(value)
     text = table(figures, options.seeds, sum(done[job.name][0] for job in planned) / 3600)
-    (out / "table.json").write_text(json.dumps(figures, indent=1))
-    (out / "table.md").write_text(text)
+    files.write_text(out / "table.json", json.dumps(figures, indent=1))
+    files.write_text(out / "table.md", text)
     draw(figures, out / "table.png")
     print(text)
 

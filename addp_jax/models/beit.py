@@ -73,8 +73,8 @@ class Encoder(vit.Embedding):
         there. None = the pictures fill their images. S is `image_size`: ValueError if not.
         """
         config = self.config
-        if image.shape[1:3] != vit.blank(config, self.num_codes).shape[1:3]:
-            unit = "tokens" if self.num_codes else "pixels"
+        side, unit = (config.grid, "tokens") if self.num_codes else (config.image_size, "pixels")
+        if image.shape[1:3] != (side, side):
             raise ValueError(f"images of {image.shape[1]} x {image.shape[2]} {unit}; image_size is {config.image_size}")
         tokens, _ = self.embed(image, size, nn.initializers.he_normal())
         class_token = self.param("class_token", layers.EMBEDDING_INIT, (config.width,))
