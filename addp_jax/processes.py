@@ -25,8 +25,7 @@ from orbax.checkpoint import multihost
 from addp_jax import errors
 
 HEARTBEAT_SECONDS = 100  # without a sign of life from a process, the others end; a paused machine may come back
-SHUTDOWN_SECONDS = 30  # for all processes to leave
-WAIT_SECONDS = 300  # for all processes to be there
+WAIT_SECONDS = 300  # for all processes to be there, and to leave
 WATCH_SECONDS = 1.0  # between looks for a mistake of another process
 GRACE_SECONDS = 3.0  # in which the others may come to the same mistake by themselves
 HEARING_SECONDS = 15.0  # in which the others hear of it: the first process serves what they read, and ends last
@@ -51,7 +50,7 @@ def start(coordinator: str | None, num_processes: int | None, process_id: int | 
     try:
         jax.distributed.initialize(
             *given, initialization_timeout=WAIT_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+            shutdown_timeout_seconds=WAIT_SECONDS,
         )  # fmt: skip
     except (ValueError, RuntimeError) as error:
         advice = "give coordinator=HOST:PORT num_processes=N process_id=I" if coordinator is None else "see --help"

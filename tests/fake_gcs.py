@@ -15,6 +15,7 @@ class Server(http.server.ThreadingHTTPServer):
     """Attributes: objects, {"bucket/name": bytes}; seconds, what each request takes."""
 
     daemon_threads = True
+    request_queue_size = 1024  # a client asks for hundreds at once; those beyond it would hang for minutes
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -23,7 +24,6 @@ class Server(http.server.ThreadingHTTPServer):
             "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{self.server_port}", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
             "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
         }  # fmt: skip
-
 
     def handle_error(self, *_):
         """A client that is killed, or has heard enough, is none."""
