@@ -77,10 +77,7 @@ class Encoder(vit.Embedding):
         if image.shape[1:3] != (side, side):
             raise ValueError(f"images of {image.shape[1]} x {image.shape[2]} {unit}; image_size is {config.image_size}")
         tokens, _ = self.embed(image, size, nn.initializers.he_normal())
-        class_token = self.param("class_token", layers.EMBEDDING_INIT, (config.width,))
-        pos_embed = self.param("pos_embed", nn.initializers.zeros, (1 + config.length, config.width))
-        first = jnp.broadcast_to(class_token[None, None].astype(tokens.dtype), (len(tokens), 1, config.width))
-        tokens = self.norm(jnp.concatenate([first, tokens], axis=1) + pos_embed[None].astype(tokens.dtype))
+        tokens = self.norm(self.place(tokens, nn.initializers.zeros))
         taps = Blocks(config, self.dtype, name="blocks")(tokens, train)
         return tuple(rearrange(tap[:, 1:], "b (h w) d -> b h w d", h=config.grid) for tap in taps)
 

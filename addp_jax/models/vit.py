@@ -87,6 +87,14 @@ class Embedding(nn.Module):
         # Else the patches are gathered, not the kernel.
         return partition.constrain(tokens, "batch", "length", "embed"), grid
 
+    def place(self, tokens, pos_init):
+        """[B,L,D] -> [B,1+L,D]: behind a class token, all with their position embeddings."""
+        width = self.config.width
+        class_token = self.param("class_token", layers.EMBEDDING_INIT, (width,))
+        pos_embed = self.param("pos_embed", pos_init, (1 + self.config.length, width))
+        first = jnp.broadcast_to(class_token[None, None].astype(tokens.dtype), (len(tokens), 1, width))
+        return jnp.concatenate([first, tokens], axis=1) + pos_embed[None].astype(tokens.dtype)
+
     def norm(self, tokens):
         """The LayerNorm between the embeddings and the first block, where there is one."""
         if self.config.input_norm or self.num_codes:
@@ -111,10 +119,7 @@ class VisionTransformer(Embedding):
         """
         config = self.config
         tokens, _ = self.embed(image, kernel_init=_patch_init(config))
-        class_token = self.param("class_token", layers.EMBEDDING_INIT, (config.width,))
-        pos_embed = self.param("pos_embed", nn.initializers.normal(config.pos_std), (1 + config.length, config.width))
-        first = jnp.broadcast_to(class_token[None, None].astype(tokens.dtype), (len(tokens), 1, config.width))
-        tokens = self.norm(jnp.concatenate([first, tokens], axis=1) + pos_embed[None].astype(tokens.dtype))
+        tokens = self.norm(self.place(tokens, nn.initializers.normal(config.pos_std)))
         tokens = Dropout(config.input_dropout)(tokens, train)
         tokens = layers.Blocks(config, self.dtype, name="blocks")(tokens, train=train, tap=tap)
         tokens, tapped = tokens if tap else (tokens, None)

@@ -8,8 +8,7 @@ import jax
 import numpy as np
 import optax
 
-from addp_jax import codecs, partition, pictures, schema, tasks
-from addp_jax.codecs import vqgan
+from addp_jax import partition, pictures, schema, tasks
 from addp_jax.data import augment, pipeline, transforms
 from addp_jax.metrics import averages
 from addp_jax.metrics import classification as metrics
@@ -19,17 +18,10 @@ from addp_jax.weights import encoder, encoder_input
 
 
 @schema.config
-class Config:
+class Config(encoder_input.Config):
     """Fields of `config.model`."""
 
     net: heads.Config = heads.Config()
-    # Run folder or weight file of ADDP, for tokens of MAGE; "" = train from scratch. Its content matters, not its path.
-    encoder_weights: str = schema.field("", matters=schema.NOTHING)
-    # What the encoder reads: pixels | tokens, as MAGE's does. The parameters tell one from the other.
-    input: str = schema.field("pixels", choices=encoder_input.KINDS, matters=schema.NOTHING)
-    # Of the tokens, and its run folder or weight file. Its content matters.
-    tokenizer: codecs.Config = schema.field(vqgan.Config(), matters=schema.NOTHING)
-    tokenizer_weights: str = schema.frozen_weights()
     mixup: float = schema.field(0.8, least=0, matters=schema.TRAINING)  # alpha; 0 = off
     cutmix: float = schema.field(1.0, least=0, matters=schema.TRAINING)  # alpha; 0 = off
     label_smoothing: float = schema.field(0.1, least=0, below=1, matters=schema.TRAINING)

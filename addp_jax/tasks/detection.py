@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from addp_jax import codecs, errors, partition, pictures, processes, schema, tasks
-from addp_jax.codecs import vqgan
+from addp_jax import errors, partition, pictures, processes, schema, tasks
 from addp_jax.data import coco, pipeline
 from addp_jax.metrics import detection as metrics
 from addp_jax.models import detector
@@ -26,17 +25,10 @@ SHOWN_FROM = 0.5  # score of a detection there
 
 
 @schema.config
-class Config:
+class Config(encoder_input.Config):
     """Fields of `config.model`. The defaults are ViTDet's."""
 
     net: detector.Config = detector.Config()
-    # Run folder or weight file of ADDP, for tokens of MAGE; "" = train from scratch. Its content matters, not its path.
-    encoder_weights: str = schema.field("", matters=schema.NOTHING)
-    # What the encoder reads: pixels | tokens, as MAGE's does. The parameters tell one from the other.
-    input: str = schema.field("pixels", choices=encoder_input.KINDS, matters=schema.NOTHING)
-    # Of the tokens, and its run folder or weight file. Its content matters.
-    tokenizer: codecs.Config = schema.field(vqgan.Config(), matters=schema.NOTHING)
-    tokenizer_weights: str = schema.frozen_weights()
     max_objects: int = schema.field(100, least=1, matters=schema.TRAINING, tiny=8)  # of more the largest are kept
     mask_size: int = schema.field(112, least=8, matters=schema.TRAINING, tiny=32)  # cells a side in which masks travel
     jitter: tuple[float, float] = schema.field((0.1, 2.0), above=0, matters=schema.TRAINING)  # of the size that fits

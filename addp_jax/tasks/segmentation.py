@@ -13,8 +13,7 @@ import json
 import jax
 import numpy as np
 
-from addp_jax import codecs, errors, partition, pictures, processes, schema, tasks
-from addp_jax.codecs import vqgan
+from addp_jax import errors, partition, pictures, processes, schema, tasks
 from addp_jax.data import pipeline, segmentation
 from addp_jax.metrics import segmentation as metrics
 from addp_jax.models import segmenter
@@ -28,17 +27,10 @@ SHOWN_SIDE = 512  # pixels; of larger images every second, third... pixel is sho
 
 
 @schema.config
-class Config:
+class Config(encoder_input.Config):
     """Fields of `config.model`. The defaults are those of mmsegmentation's MAE with UperNet."""
 
     net: segmenter.Config = segmenter.Config()
-    # Run folder or weight file of ADDP, for tokens of MAGE; "" = train from scratch. Its content matters, not its path.
-    encoder_weights: str = schema.field("", matters=schema.NOTHING)
-    # What the encoder reads: pixels | tokens, as MAGE's does. The parameters tell one from the other.
-    input: str = schema.field("pixels", choices=encoder_input.KINDS, matters=schema.NOTHING)
-    # Of the tokens, and its run folder or weight file. Its content matters.
-    tokenizer: codecs.Config = schema.field(vqgan.Config(), matters=schema.NOTHING)
-    tokenizer_weights: str = schema.frozen_weights()
     scale: tuple[float, float] = schema.field((0.5, 2.0), above=0, matters=schema.TRAINING)  # of the crop's short side
     # Of a crop, of one class, if ten tries find such a crop.
     largest_share: float = schema.field(0.75, above=0, most=1, matters=schema.TRAINING)

@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 
-from addp_jax import codecs, errors, weights
+from addp_jax import codecs, errors, schema, weights
+from addp_jax.codecs import vqgan
 from addp_jax.models import vit
 
-KINDS = ("pixels", "tokens")
+
+@schema.config
+class Config:
+    """Fields that the configs of the recognition tasks begin with."""
+
+    net: Any = None  # with an `encoder`
+    # Run folder or weight file of ADDP, for tokens of MAGE; "" = train from scratch. Its content matters, not its path.
+    encoder_weights: str = schema.field("", matters=schema.NOTHING)
+    # What the encoder reads: pixels | tokens, as MAGE's does. The parameters tell one from the other.
+    input: str = schema.field("pixels", choices=("pixels", "tokens"), matters=schema.NOTHING)
+    # Of the tokens, and its run folder or weight file. Its content matters.
+    tokenizer: codecs.Config = schema.field(vqgan.Config(), matters=schema.NOTHING)
+    tokenizer_weights: str = schema.frozen_weights()
 
 
 class Input:
-    """Of a task's `config`, by its fields `input`, `tokenizer` and `tokenizer_weights`.
+    """Of a task's `config`.
 
     The tokenizer, a convolutional network, sees images of the task's size, whatever the size that it was trained on.
     Raises UserError if its tokens are not as large as the encoder's patches.
     """
 
-    def __init__(self, config, encoder, dtype):
+    def __init__(self, config: Config, encoder, dtype):
         """encoder: its config. dtype: of the tokenizer's computation."""
         self.config = config
         self.num_codes = config.tokenizer.num_codes if config.input == "tokens" else 0  # see `vit.Embedding`
