@@ -11,7 +11,7 @@ Paint = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (u, v), which broadcas
 LUMA = np.array([0.299, 0.587, 0.114])  # of RGB (ITU-R BT.601)
 DARK, BRIGHT = (0.14, 0.34), (0.64, 0.86)  # luma of what stands out against the other
 DEPTH = (0.03, 0.12)  # half the difference in luma between the two colours of a texture
-WAVELENGTH = (0.08, 0.4)  # of a texture, fraction of the picture's side
+WAVELENGTH = (0.3, 0.8)  # of a texture, fraction of the picture's side
 
 
 def _zigzag(u, v):
@@ -36,9 +36,13 @@ PATTERNS = (  # (a, b), phases along and across -> about -1..1
 
 
 def paint(rng: np.random.Generator, luma: float, unit: float) -> Paint:
-    """A random texture of two colours of about this luma; `unit`: length of 1 in u and v, fraction of the side."""
+    """A random texture of two tones of one colour, of about this luma.
+
+    unit: length of 1 in u and v, fraction of the side.
+    """
     depth = rng.uniform(*DEPTH)
-    first, second = _colour(rng, luma - depth), _colour(rng, luma + depth)
+    pure = np.array(colorsys.hls_to_rgb(rng.random(), 0.5, rng.uniform(0.2, 0.9)))
+    first, second = _colour(pure, luma - depth), _colour(pure, luma + depth)
     pattern = PATTERNS[rng.integers(len(PATTERNS))]
     angle, start, across = rng.uniform(0, 2 * math.pi, 3).tolist()
     rate = 2 * math.pi * unit / (WAVELENGTH[0] * (WAVELENGTH[1] / WAVELENGTH[0]) ** rng.random())
@@ -52,9 +56,8 @@ def paint(rng: np.random.Generator, luma: float, unit: float) -> Paint:
     return painted
 
 
-def _colour(rng: np.random.Generator, luma: float) -> np.ndarray:
-    """RGB 0..1, float32 [3], of any hue and of this luma."""
-    pure = np.array(colorsys.hls_to_rgb(rng.random(), 0.5, rng.uniform(0.3, 1)))
+def _colour(pure: np.ndarray, luma: float) -> np.ndarray:
+    """RGB 0..1, float32 [3]: `pure` made darker or lighter, of this luma."""
     own = LUMA @ pure
     mixed = pure * (luma / own) if luma < own else pure + (1 - pure) * ((luma - own) / (1 - own))
     return mixed.astype(np.float32)

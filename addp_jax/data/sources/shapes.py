@@ -168,7 +168,7 @@ def _arrange(rng: np.random.Generator, label: int, on_dark: bool, max_objects: i
         radii, spread = rng.uniform(0.7, 0.8, count) / 2, 0.25
     elif max_objects == 1:
         textured = shapes == "textured"
-        radii, spread = rng.uniform(*((0.4, 0.75) if textured else (0.45, 0.8)), 1) / 2, 1.0 if textured else 0.5
+        radii, spread = rng.uniform(*((0.35, 0.75) if textured else (0.45, 0.8)), 1) / 2, 1.0 if textured else 0.5
     else:
         radii, spread = -np.sort(-rng.uniform(0.09, 0.24, count)), 1.0
         radii[0] = max(radii[0], 0.16)
