@@ -16,6 +16,7 @@ setup(
     description="Alternating denoising diffusion (ADDP) in JAX: one network for image generation and recognition",
     license="Apache-2.0",
     packages=find_packages(include=["addp_jax", "addp_jax.*"]),
+    package_data={"addp_jax": ["shipped/*.safetensors"]},
     python_requires=">=3.11,<3.14",
     install_requires=[line for line in REQUIREMENTS if line and not line.startswith("#")],
     extras_require={

@@ -1,7 +1,7 @@
 """ADDP in JAX: alternating pixel-token diffusion for generation and recognition.
 
 import addp_jax
-model = addp_jax.load("runs/demo/addp")
+model = addp_jax.load("shapes")
 images = model.sample(16)
 """
 
@@ -21,7 +21,8 @@ def load(path: str | os.PathLike, *, size: str = "", dtype: str = "", **weights:
 
     Args:
       path: the work directory of a run; a `.safetensors` file that holds the config of its run, as an export writes it;
-        with `size`, any other weight file or imported run.
+        with `size`, any other weight file or imported run. "shapes", unless a file has this name: a small ADDP, trained
+        on generated shapes, that comes with the package.
       size: "vitb" or "vitl": the published sizes, for the official files, which hold no config.
       dtype: of the computation: "float32" or "bfloat16"; default: as the config of the run says.
       weights: where a frozen network is, if not where the config says or beside the work directory:

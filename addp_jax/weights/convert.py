@@ -10,7 +10,7 @@ import jax
 from addp_jax import errors, files, parameters, partition, weights
 from addp_jax.weights import buckets, checkpoint, dense, layouts, weight_files
 
-OPTIONAL = {"mage": {"tokenizer"}}  # networks that a layout may lack
+OPTIONAL = {"addp": {"token_predictor"}, "mage": {"tokenizer"}}  # networks that a layout may lack
 
 
 def import_weights(paths: list[str], workdir: str) -> None:

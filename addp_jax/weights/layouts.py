@@ -36,6 +36,7 @@ from addp_jax.files import printable
 from addp_jax.models import heads, layers, pixel_to_token, token_predictor, vit
 from addp_jax.weights import maskgit, pytorch, weight_files
 
+SLOW = 2**25  # values; fewer are read in less than a second
 MAGE_PATCH = 16  # pixels, of the patch embedding that MAGE's network has but does not use
 
 
@@ -155,7 +156,9 @@ def read(path: str, wanted=None) -> dict[str, dict]:
     networks, parts = open_file(path)
     rules = {prefix: check(place(path, prefix), networks[prefix], live) for prefix, live in parts.items()}
     chosen = [prefix for prefix in parts if wanted is None or networks[prefix].name in wanted]
-    progress = logs.Progress(sum(len(parts[prefix]) for prefix in chosen), unit="tensor")
+    tensors = [tensor for prefix in chosen for tensor in parts[prefix].values()]
+    slow = sum(math.prod(tensor.shape) for tensor in tensors) > SLOW
+    progress = logs.Progress(len(tensors), unit="tensor", enabled=slow)
     numbers, results = itertools.count(1), {}
     for prefix in chosen:
         for tensor in parts[prefix].values():
