@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 
 import jax
@@ -114,8 +115,8 @@ def as_one():
     """Within it, what ends one process ends all of them, each with a line that says why.
 
     A UserError that every process comes to is raised in each. One that a single process comes to, for whatever only it
-    sees, ends all of them with its status and its text. So does, with status 1, an operation that fails because another
-    process is gone.
+    sees, ends all of them with its status and its text. So does any other error, with status 1, and an operation that fails
+    because another process is gone.
     """
     try:
         yield
@@ -127,14 +128,19 @@ def as_one():
             if not _all_have(FAILED, GRACE_SECONDS):
                 _end(error.status, text)
         raise
-    except (ValueError, RuntimeError) as error:
-        if not (jax.distributed.is_initialized() and LOST.search(str(error))):
+    except Exception as error:
+        if not jax.distributed.is_initialized():
             raise
-        if mistake := _mistake():  # of the one that is gone
+        if mistake := _mistake():  # of another one, which this one misses
             _end(*mistake)
-        reason = str(error).splitlines()[0]
-        print(f"error: {name()}another process is gone ({reason}); start all of them again", file=sys.stderr, flush=True)
-        os._exit(1)  # a regular exit would wait for the one that is gone
+        reason = str(error).partition("\n")[0]
+        if isinstance(error, (ValueError, RuntimeError)) and LOST.search(str(error)):
+            print(f"error: {name()}another process is gone ({reason}); start all of them again", file=sys.stderr, flush=True)
+            os._exit(1)  # a regular exit would wait for the one that is gone
+        traceback.print_exc()
+        text = f"{name()}{type(error).__name__}: {reason}"
+        multihost.get_jax_distributed_client().key_value_set(FIRST, f"1 {text}", allow_overwrite=True)
+        _end(1, text)
 
 
 def agreed(flag: bool) -> bool:

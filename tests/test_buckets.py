@@ -1,5 +1,6 @@
 """addp_jax.weights.buckets, mirror and bucket_lock on fsspec's file system in memory."""
 
+import concurrent.futures
 import contextlib
 import errno
 import json
@@ -7,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 
 import pytest
@@ -360,3 +362,19 @@ def test_a_run_without_its_lock_saves_nothing_more(tmp_path, bucket):
         with refused("another run has taken over"):
             pushed(work, 1)
     assert steps(bucket) == []
+
+
+def test_folders_of_runs_that_live_are_left_alone(tmp_path, monkeypatch):
+    """Several runs of a host begin and end at the same moments."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def come_and_go(_):
+        for _ in range(100):
+            with mirror._room() as room:
+                (room / "checkpoints").mkdir(parents=True)
+                (room / "log").write_text("x")
+                assert (room / "log").exists()
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(come_and_go, range(4)))
+    assert not any(next(tmp_path.iterdir()).iterdir())

@@ -59,6 +59,27 @@ def test_a_mount_that_is_gone_ends_all_with_a_status_that_asks_for_a_new_try(tmp
     assert seconds < 5 * MINUTE  # of which most is the start on a loaded machine
 
 
+FAULT = """
+import sys
+from addp_jax import processes
+port, number = map(int, sys.argv[1:])
+processes.start(f"localhost:{port}", 2, number, interruptible=False)
+with processes.as_one():
+    if number == 0:
+        raise FileNotFoundError("a mark is gone")
+    processes.agreed(True)
+"""
+
+
+def test_an_error_of_one_that_nobody_foresaw_ends_the_other(tmp_path):
+    port = launching.free_port()
+    with Launch(sys.executable, "-c", FAULT, str(port), "0") as first, Launch(sys.executable, "-c", FAULT, str(port), "1") as other:
+        ends = first.end(), other.end()
+    for status, _, problems in ends:
+        assert status == 1 and "error: process 0 of 2: FileNotFoundError: a mark is gone" in problems, problems
+    assert "Traceback" in ends[0][2]
+
+
 def test_a_full_folder_of_temporary_files_stops_no_run(tmp_path, photos):
     disk = tmp_path / "tmp"
     disk.mkdir()

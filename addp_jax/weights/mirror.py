@@ -163,18 +163,20 @@ def _room() -> Iterator[pathlib.Path]:
     """A new folder for temporary files, removed at the end; those of runs that were killed are removed before."""
     parent = pathlib.Path(tempfile.gettempdir()) / f"{ROOM}-{os.getuid()}"
     parent.mkdir(mode=0o700, exist_ok=True)
-    for mark in parent.glob("*.held"):
-        with contextlib.suppress(OSError), open(mark, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while its process lives
-            shutil.rmtree(mark.with_suffix(""), ignore_errors=True)
-            mark.unlink()
-    with tempfile.NamedTemporaryFile(dir=parent, suffix=".held") as mark:
+    for room in filter(pathlib.Path.is_dir, parent.iterdir()):
+        with contextlib.suppress(OSError), open(room.with_suffix(".held"), "rb") as mark:
+            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused while its process lives
+            shutil.rmtree(room, ignore_errors=True)
+            os.unlink(mark.name)
+    handle, name = tempfile.mkstemp(".held", dir=parent)
+    with open(handle, "rb") as mark:
         fcntl.flock(mark, fcntl.LOCK_EX)
-        room = pathlib.Path(mark.name).with_suffix("")
+        room = pathlib.Path(name).with_suffix("")  # made after the lock: no other process takes it for a killed one's
         try:
             yield room
         finally:
             shutil.rmtree(room, ignore_errors=True)
+            os.unlink(name)  # before the lock is gone
 
 
 @contextlib.contextmanager
