@@ -71,7 +71,7 @@ with processes.as_one():
 """
 
 
-def test_an_error_of_one_that_nobody_foresaw_ends_the_other(tmp_path):
+def test_an_error_of_one_that_nobody_foresaw_ends_the_other():
     port = launching.free_port()
     with Launch(sys.executable, "-c", FAULT, str(port), "0") as first, Launch(sys.executable, "-c", FAULT, str(port), "1") as other:
         ends = first.end(), other.end()

@@ -10,6 +10,7 @@ import addp_jax
 from addp_jax import errors
 from addp_jax.api import loading
 from addp_jax.data import pipeline
+from addp_jax.metrics import reconstruction
 
 FILE = loading.SHIPPED / "shapes.safetensors"
 
@@ -26,8 +27,9 @@ def held_out(model, count):
     return np.stack([e["image"] for e in examples]), np.array([e["label"] for e in examples])
 
 
-def psnr(one, other):
-    return 10 * np.log10(255**2 / np.mean((one.astype(float) - other) ** 2))
+def psnr(*images):
+    """Of all values of uint8 arrays together, in dB."""
+    return float(reconstruction.psnr(*(array.reshape(1, -1, 1, 3) / 255 for array in images))[0])
 
 
 def nearest(images, bank):

@@ -36,11 +36,12 @@ def load(path: str, size: str, dtype: str, given: Mapping[str, str]) -> Model:
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r}; use float32 or bfloat16")
     path = buckets.fetched(files.expand(path))
-    shipped = {file.stem: str(file) for file in SHIPPED.glob("*.safetensors")}
-    if not os.path.exists(path) and path not in shipped:
-        names = " or ".join(f'"{name}"' for name in shipped)
-        raise errors.UserError(f"nothing at {path}: give the work directory of a run, a weight file, or {names}")
-    path = path if os.path.exists(path) else shipped[path]
+    if not os.path.exists(path):
+        shipped = {file.stem: str(file) for file in SHIPPED.glob("*.safetensors")}
+        if path not in shipped:
+            names = " or ".join(f'"{name}"' for name in shipped)
+            raise errors.UserError(f"nothing at {path}: give the work directory of a run, a weight file, or {names}")
+        path = shipped[path]
     # Where the user has set a folder for compiled programs, JAX keeps all of them, short ones too.
     if os.environ.get("JAX_COMPILATION_CACHE_DIR") and "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -10,7 +10,7 @@ Paint = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (u, v), which broadcas
 
 LUMA = np.array([0.299, 0.587, 0.114])  # of RGB (ITU-R BT.601)
 DARK, BRIGHT = (0.14, 0.34), (0.64, 0.86)  # luma of what stands out against the other
-DEPTH = (0.03, 0.12)  # half the difference in luma between the two colours of a texture
+DEPTH = (0.03, 0.12)  # half the difference in luma between the two tones of a texture
 WAVELENGTH = (0.3, 0.8)  # of a texture, fraction of the picture's side
 
 
