@@ -50,6 +50,14 @@ def stack(**changes):
     return config, random_params(lambda rng: blocks.init(rng, random(2, 5, 8))["params"]), apply
 
 
+def test_a_class_token_in_front_of_full_tiles_changes_nothing():
+    """Its query runs apart from the others in evaluation. Without dropout, training computes them all at once."""
+    _, params, apply = stack(dropout=0.0)
+    tokens, key_mask = random(2, layers.TILE + 1, 8), np.arange(layers.TILE + 1)[None] % 5 != np.array([[2], [4]])
+    for mask in (None, jnp.asarray(key_mask)):
+        np.testing.assert_allclose(apply(params, tokens, mask), apply(params, tokens, mask, True), atol=ROUNDING)
+
+
 def test_the_scanned_stack_is_its_blocks_one_after_the_other():
     config, params, apply = stack()
     block = jit(lambda params, tokens: layers.Block(config, jnp.float32).apply({"params": params}, tokens, 0.0, None, False))

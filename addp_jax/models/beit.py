@@ -12,7 +12,7 @@ import numpy as np
 from einops import rearrange
 
 from addp_jax import partition, schema
-from addp_jax.models import layers, vit
+from addp_jax.models import attention, layers, vit
 from addp_jax.models.grid_attention import KERNEL_INIT
 
 LAYOUT = (
@@ -180,7 +180,7 @@ def attend(query, key, value, table, grid: int):
     scores = jnp.einsum("bnqd,bnkd->bnqk", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
     if table is not None:
         scores += relative_bias(table, grid)[None]
-    return jnp.einsum("bnqk,bnkd->bnqd", jax.nn.softmax(scores, axis=-1).astype(value.dtype), value)
+    return attention.attend(scores, value)
 
 
 def relative_rows(grid: int) -> int:

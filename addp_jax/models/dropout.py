@@ -20,8 +20,12 @@ class Dropout(nn.Module):
     def __call__(self, inputs, train: bool):
         if self.rate == 0.0 or not train:
             return inputs
-        kept = keep(self.make_rng("dropout"), self.rate, inputs.shape)
-        return jnp.where(kept, inputs / jnp.asarray(1.0 - self.rate, inputs.dtype), 0)
+        return drop(inputs, self.make_rng("dropout"), self.rate)
+
+
+def drop(inputs, key, rate: float):
+    """`inputs` where they are kept, scaled up by 1 / (1 - rate), else 0."""
+    return jnp.where(keep(key, rate, inputs.shape), inputs / jnp.asarray(1.0 - rate, inputs.dtype), 0)
 
 
 def keep(key, rate: float, shape: tuple[int, ...]):

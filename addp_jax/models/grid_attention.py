@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from addp_jax.models import attention
 from addp_jax.ops import resize
 
 CHUNK = 256  # queries
@@ -75,7 +76,7 @@ class GridAttention(nn.Module):
 def attend(query, key, value):
     """[...,Q,E], [...,K,E], [...,K,d] -> [...,Q,d]; the queries are scaled."""
     scores = jnp.einsum("...qe,...ke->...qk", query, key, preferred_element_type=jnp.float32)
-    return jnp.einsum("...qk,...kd->...qd", jax.nn.softmax(scores, axis=-1).astype(value.dtype), value)
+    return attention.attend(scores, value)
 
 
 def attend_in_chunks(query, key, value):
