@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import sys
+import zlib
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -18,6 +20,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of this run: checkpoints,
 HELP = ("--help", "-help", "-h", "--helpshort", "--helpfull", "--helpxml")
 INTERRUPTED = 130  # exit status after Ctrl-C where there is nothing to save
 LIBTPU_STACK = "fibers_default_thread_stack_size"  # bytes; on its own 64 KiB the compiler of libtpu 0.0.42 dies of fused attention
+CACHE = "JAX_COMPILATION_CACHE_DIR"
 CONVERSIONS = ("import", "export")  # modes without a config
 MODES = ["train", "evaluate", "generate", "search", "predict", "features", "robustness", "check", "benchmark", "plan", *CONVERSIONS]  # modes.MODES and three more
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do; configs/base.py says what every field of config.MODE means")
@@ -166,7 +169,24 @@ def main(argv) -> None:
         sys.exit(INTERRUPTED)
 
 
+def keep_programs() -> None:
+    """Has JAX keep compiled programs between runs, in a folder of the user unless the environment names one.
+
+    Each kind of processor has its own, since a program compiled for another one may die of an unknown instruction.
+    """
+    features = ""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        features = next((line for line in file if line.lower().startswith(("flags", "features"))), "")
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.path.join(root, "addp_jax", f"xla-{zlib.crc32(features.encode()):08x}")
+    with contextlib.suppress(OSError):  # no home, or one that cannot be written to: nothing is kept
+        if CACHE not in os.environ:
+            os.makedirs(folder, exist_ok=True)
+            os.environ[CACHE] = folder
+
+
 def entry() -> None:
+    keep_programs()
     arguments = os.environ.get("LIBTPU_INIT_ARGS", "")
     if LIBTPU_STACK not in arguments:
         os.environ["LIBTPU_INIT_ARGS"] = f"{arguments} --{LIBTPU_STACK}={2**20}".lstrip()

@@ -221,6 +221,26 @@ def test_a_signal_saves_and_stops(tmp_path, number, expected):
 def test_the_tpu_compilers_stack_is_enlarged_and_other_arguments_stay(monkeypatch):
     monkeypatch.setattr(main.app, "run", lambda *_, **__: None)
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--other=1")
+    monkeypatch.setenv(main.CACHE, "elsewhere")
     main.entry()
     main.entry()
     assert os.environ["LIBTPU_INIT_ARGS"] == "--other=1 --fibers_default_thread_stack_size=1048576"
+
+
+def test_compiled_programs_are_kept_in_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(main.CACHE, "elsewhere")
+    main.keep_programs()
+    assert os.environ[main.CACHE] == "elsewhere" and not any(tmp_path.iterdir())
+    monkeypatch.delenv(main.CACHE)
+    main.keep_programs()
+    (folder,) = (tmp_path / "addp_jax").iterdir()
+    assert os.environ[main.CACHE] == str(folder)
+
+
+def test_without_a_folder_to_write_to_no_program_is_kept(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.delenv(main.CACHE, raising=False)
+    main.keep_programs()
+    assert main.CACHE not in os.environ
