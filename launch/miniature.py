@@ -66,10 +66,10 @@ def jobs(out: pathlib.Path, rows: list[str], seeds: int) -> Iterator[Job]:
     nets = tokens | {"model.predictor_weights": predictor}
     yield Job("judge", "demo_judge", 8, {"steps": 2500})
     yield Job("tokenizer", "demo_tokenizer", 15, {"steps": 6000})
-    yield Job("predictor", "demo_predictor", 40, {"steps": 5000} | tokens)
+    yield Job("predictor", "demo_predictor", 30, {"steps": 4000} | tokens)
     for row in ADDP:
         if row in rows:
-            yield Job(row, "demo_addp", 60, {"steps": 5000} | nets | ADDP[row])
+            yield Job(row, "demo_addp", 30, {"steps": 2500} | nets | ADDP[row])
 
     for row in rows:
         encoder = {"mage": predictor, "scratch": ""}.get(row, str(out / row))
@@ -82,7 +82,7 @@ def jobs(out: pathlib.Path, rows: list[str], seeds: int) -> Iterator[Job]:
             if encoder:
                 stage, frozen = ("demo_predictor", tokens) if row == "mage" else ("demo_addp", nets)
                 sampling = frozen | {"generate.sweep": "steps=20", "evaluate.features": judge, "evaluate.seed": seed}
-                job = measured("samples", stage, 6, sampling, {"frechet": "frechet_2k"}, seed)
+                job = measured("samples", stage, 3, sampling, {"frechet": "frechet_2k"}, seed)
                 yield dataclasses.replace(job, sampled=encoder)
             probe, frozen = "demo_probe", {"model.encoder_weights": encoder or "random"}
             if row == "mage":
@@ -94,9 +94,9 @@ def jobs(out: pathlib.Path, rows: list[str], seeds: int) -> Iterator[Job]:
                 name, few = f"top1_{labels}", tuning | {"data.num_train": 8 * labels, "steps": steps}
                 yield measured(name, "demo_classification", 1 + steps / 200, few, {name: "eval/top1"}, seed)
             found = {"box_ap": "eval/bbox_AP", "mask_ap": "eval/segm_AP"}
-            yield measured("detection", "demo_detection", 8, reading | {"steps": 400, "eval_batches": 0}, found, seed)
+            yield measured("detection", "demo_detection", 6, reading | {"steps": 300, "eval_batches": 0}, found, seed)
             found = {"miou": "eval/mIoU"}
-            yield measured("segmentation", "demo_segmentation", 8, reading | {"steps": 600}, found, seed)
+            yield measured("segmentation", "demo_segmentation", 5, reading | {"steps": 500}, found, seed)
 
 
 def run(job: Job, out: pathlib.Path, flags: list[str]) -> dict[str, float]:
