@@ -99,19 +99,29 @@ def mix_latents(probs: jax.Array, token_ids: jax.Array, mask: jax.Array, codeboo
     return jnp.where(mask[..., None], soft, codebook[token_ids])
 
 
-def corrupt(teach, token_ids: jax.Array, mask_t: jax.Array, mask_s: jax.Array, codebook: jax.Array, rng: jax.Array):
+MAPPINGS, TARGETS = ("expected", "drawn"), ("teacher", "tokens")  # the paper's choice first
+
+
+def corrupt(teach, token_ids, mask_t, mask_s, codebook, rng, mapping: str = "expected", target: str = "teacher"):
     """The training pair of one step t -> s (paper sections 3.1 and 3.2).
 
     Args:
       teach: `(mask, rng) -> probs [B,L,K]`, the frozen predictor's distribution given the tokens outside the mask.
+      token_ids: int32 `[B,L]`.
       mask_t, mask_s: bool `[B,L]`, mask_s inside mask_t.
+      codebook: float32 `[K,Z]`.
+      mapping: drawn = a code of the predictor's distribution instead of their expectation.
+      target: tokens = the image's own instead of the predictor's distribution.
     Returns:
       latents `[B,L,Z]`: true codes outside mask_s, the expectation of what mask_t lets the predictor know inside;
       target `[B,L,K]`: the predictor's distribution given the tokens outside mask_s.
     """
     key_t, key_s = jax.random.split(rng)
-    latents = mix_latents(teach(mask_t, key_t), token_ids, mask_s, codebook)
-    return latents, teach(mask_s, key_s)
+    probs = teach(mask_t, key_t)
+    if mapping == "drawn":
+        probs = jax.nn.one_hot(jax.random.categorical(jax.random.fold_in(rng, 2), jnp.log(probs)), len(codebook))
+    latents = mix_latents(probs, token_ids, mask_s, codebook)
+    return latents, jax.nn.one_hot(token_ids, len(codebook)) if target == "tokens" else teach(mask_s, key_s)
 
 
 def soft_cross_entropy(target: jax.Array, logits: jax.Array, mask: jax.Array, label_smoothing: float) -> jax.Array:

@@ -31,6 +31,9 @@ ADDP = {  # rows that are a run of ADDP: what their config has of its own
         "optim.ema_decay": 0.99,
     },
     "one_step": {"model.masks.max_jump": 1},
+    "drawn_codes": {"model.mapping": "drawn"},
+    "untold": {"model.known_tokens": False},
+    "true_tokens": {"model.target": "tokens"},
 }
 ROWS = ("scratch", "mage", *ADDP)
 COLUMNS = {  # name, what the log's value is multiplied by, which is better
@@ -80,7 +83,7 @@ def jobs(out: pathlib.Path, rows: list[str], seeds: int) -> Iterator[Job]:
 
         for seed in range(seeds):
             if encoder:
-                stage, frozen = ("demo_predictor", tokens) if row == "mage" else ("demo_addp", nets)
+                stage, frozen = ("demo_predictor", tokens) if row == "mage" else ("demo_addp", nets | ADDP[row])
                 sampling = frozen | {"generate.sweep": "steps=20", "evaluate.features": judge, "evaluate.seed": seed}
                 job = measured("samples", stage, 3, sampling, {"frechet": "frechet_2k"}, seed)
                 yield dataclasses.replace(job, sampled=encoder)

@@ -130,6 +130,19 @@ def test_corruption_shows_what_the_noisier_mask_tells_and_asks_for_what_the_clea
     assert not np.array_equal(teach(mask_s, None), teach(mask_t, None))
 
 
+def test_without_the_papers_choices_codes_are_drawn_and_the_images_own_tokens_asked_for():
+    _, _, token_ids, mask = case()
+    codebook, probs = random(7, 5), jnp.tile(jnp.array([0.5, 0, 0, 0.5, 0, 0, 0.0]), (4, 9, 1))
+    corrupt = functools.partial(diffusion.corrupt, lambda *_: probs, token_ids, mask, mask, codebook)
+    latents, target = corrupt(jax.random.key(0), "drawn", "tokens")
+    np.testing.assert_array_equal(target, jax.nn.one_hot(token_ids, 7))
+    hidden, known = np.asarray(latents)[np.asarray(mask)], ~np.asarray(mask)
+    np.testing.assert_array_equal(np.asarray(latents)[known], codebook[token_ids[known]])
+    codes = {int(np.flatnonzero((np.asarray(codebook) == row).all(-1))[0]) for row in hidden}
+    assert codes == {0, 3}
+    assert not np.array_equal(latents, corrupt(jax.random.key(1), "drawn")[0])
+
+
 def test_the_two_predictions_of_a_corruption_have_their_own_randomness():
     _, probs, token_ids, mask = case()
     seen = []

@@ -250,6 +250,17 @@ def test_known_features_and_known_tokens_reach_the_logits():
         assert changed.tolist() == [True, True, False]  # in the last example everything is masked
 
 
+def test_an_untold_network_reads_known_tokens_from_the_pixels_alone():
+    params, _ = addp()
+    token_ids, mask = masked_case()
+    image = jax.random.uniform(jax.random.key(0), (3, 8, 8, 3))
+    told, untold = (jit(pixel_to_token.bind(ADDP, params, known), static_argnums=3) for known in (True, False))
+    assert np.abs(told(image, token_ids, mask, 12) - told(image, 5 - token_ids, mask, 12)).max() > 1e-3
+    before = untold(image, token_ids, mask, 12)
+    np.testing.assert_array_equal(before, untold(image, 5 - token_ids, mask, 12))
+    assert np.abs(before - untold(1 - image, token_ids, mask, 12)).max() > 1e-3
+
+
 def test_token_ids_under_the_mask_never_reach_the_logits():
     _, decode = addp()
     token_ids, mask = masked_case()

@@ -86,6 +86,19 @@ def history(name) -> History:
     return History(np.asarray(kept.image).reshape(-1, 3, LENGTH, 3), masks, token_ids, plan)
 
 
+def test_with_drawn_codes_every_image_shows_codes_of_the_codebook():
+    nets, keys = stand_ins()._replace(mapping="drawn"), jax.random.split(jax.random.key(5), 3)
+    config, keep = alternating.Config(6), lambda carry: (carry.image, carry.token_ids, carry.mask)
+
+    @jit
+    def run(keys):
+        return samplers.sample(alternating, config, nets, keys, samplers.start(nets, keys, images(3), 1.0), 1.0, keep=keep)
+
+    _, (image, token_ids, mask) = run(keys)
+    assert np.asarray(mask)[0].any()
+    np.testing.assert_array_equal(image.reshape(-1, 3), nets.codebook[np.ravel(token_ids)])
+
+
 @pytest.mark.medium
 @pytest.mark.parametrize("name", RUNS)
 def test_known_tokens_never_change_and_are_never_masked_again(name):

@@ -102,8 +102,8 @@ def init(net: PixelToToken, rng):
     return net.init(rng, image, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool), capacity=1)["params"]
 
 
-def bind(net: PixelToToken, params):
-    """`net` with its parameters as `samplers.Nets.predict`."""
+def bind(net: PixelToToken, params, known_tokens: bool = True):
+    """`net` with its parameters as `samplers.Nets.predict`. known_tokens: the decoder is told them."""
     num_codes = net.config.num_codes
 
     def predict(image, token_ids, mask, capacity):
@@ -111,6 +111,6 @@ def bind(net: PixelToToken, params):
             features = jnp.zeros((1, 1 + mask.shape[1], net.config.encoder.width), net.dtype)
             logits = net.apply({"params": params}, features, token_ids[:1], mask[:1], 0, method=net.decode)
             return jnp.broadcast_to(logits[..., :num_codes], (*mask.shape, num_codes))
-        return net.apply({"params": params}, image, token_ids, mask, capacity)[..., :num_codes]
+        return net.apply({"params": params}, image, token_ids, mask, capacity * known_tokens)[..., :num_codes]
 
     return predict

@@ -32,6 +32,7 @@ class Nets(NamedTuple):
     predict: Callable  # (image [B,H,W,3], token_ids [B,L], mask bool [B,L], capacity) -> logits [B,L,K]
     decode: Callable  # latents [B,L,Z] -> image [B,H,W,3]
     codebook: jax.Array  # [K,Z]
+    mapping: str = "expected"  # what the next image shows of unknown tokens, of `diffusion.MAPPINGS`
     prior: Any = None  # logits [1,L,K] when nothing is known, where the sampler asks for them
 
 
@@ -112,9 +113,9 @@ class Config(schema.Named):
         unmasking.check_schedule(self.schedule, self.steps)
 
 
-def bind(predict: Callable, codec: codecs.Codec) -> Nets:
+def bind(predict: Callable, codec: codecs.Codec, mapping: str = "expected") -> Nets:
     """The nets of a network's `predict` and its tokenizer."""
-    return Nets(codec.encode, predict, codec.decode, codec.codebook)
+    return Nets(codec.encode, predict, codec.decode, codec.codebook, mapping)
 
 
 def allowed(logits: jax.Array, config: Config) -> jax.Array:

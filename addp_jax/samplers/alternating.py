@@ -38,7 +38,8 @@ def step(nets: Nets, config: Config, capacity: int, carry: Carry, at: At, noise:
     # tokens -> pixels: expected code where still masked, hard code elsewhere
     if at.remask is not None:  # the network was not trained to predict tokens that it is told
         logits = jnp.where(carry.mask[..., None], logits, nets.prior)
-    latents = diffusion.mix_latents(jax.nn.softmax(logits), token_ids, mask, nets.codebook)
+    shown = mask if nets.mapping == "expected" else jnp.zeros_like(mask)  # as expected codes
+    latents = diffusion.mix_latents(jax.nn.softmax(logits), token_ids, shown, nets.codebook)
     return carry._replace(image=nets.decode(latents), token_ids=token_ids, mask=mask)
 
 

@@ -33,6 +33,10 @@ class Config:
     # True: the token predictor's dropout stays on, as in the released training.
     teacher_dropout: bool = schema.field(False, matters=schema.TRAINING)
     label_smoothing: float = schema.field(0.1, least=0, below=1, matters=schema.TRAINING)
+    # The paper's choices, for comparisons without them. With "drawn" or False the sampler does so too.
+    mapping: str = schema.field("expected", choices=diffusion.MAPPINGS)  # what the corrupted image shows of unknown tokens
+    known_tokens: bool = True  # the decoder is told the tokens outside the mask
+    target: str = schema.field("teacher", choices=diffusion.TARGETS, matters=schema.TRAINING)  # what is predicted
     # Losses on the encoder's features, beside that of the tokens; the published recipe has none.
     alignment: alignment.Config = schema.field(alignment.Config(), matters=schema.TRAINING)
     # Run folder or weight file of the frozen network of alignment.target="network": ADDP's, MAE's, or one of its names.
@@ -64,7 +68,8 @@ class Task(tasks.Generator, tasks.Recogniser):
         self._values = jax.jit(functools.partial(self._per_example, train=False))
         self._samples = samplers.unconditional(self, config.num_samples)
         # Static room for known tokens: the cleanest mask of the schedule leaves the most.
-        self.capacity = config.net.length - int(diffusion.grid_num_masked(config.masks, config.net.length).min())
+        most_known = config.net.length - int(diffusion.grid_num_masked(config.masks, config.net.length).min())
+        self.capacity = most_known if config.known_tokens else 0
         codecs.check_pair(config.tokenizer, config.net.length, config.net.num_codes, "config.model.net")
         codecs.check_pair(config.tokenizer, config.predictor.length, config.predictor.num_codes, "config.model.predictor")
         if config.net.encoder.image_size != config.tokenizer.image_size:
@@ -129,7 +134,9 @@ class Task(tasks.Generator, tasks.Recogniser):
         token_ids = codec.encode(image)
         mask_t, mask_s = diffusion.draw_nested_masks(mask_key, self.config.masks, *token_ids.shape)
         teach = functools.partial(self._teach, frozen["token_predictor"], token_ids, train and self.config.teacher_dropout)
-        latents, target = diffusion.corrupt(teach, token_ids, mask_t, mask_s, codec.codebook, teacher_key)
+        latents, target = diffusion.corrupt(
+            teach, token_ids, mask_t, mask_s, codec.codebook, teacher_key, self.config.mapping, self.config.target
+        )
         corrupted = codec.decode(latents)
         logits = self.net.apply(
             {"params": params["pixel_to_token"]},
@@ -176,7 +183,8 @@ class Task(tasks.Generator, tasks.Recogniser):
         return codecs.bind(self.tokenizer, frozen["tokenizer"])
 
     def nets(self, params, frozen) -> samplers.Nets:
-        return samplers.bind(pixel_to_token.bind(self.net, params["pixel_to_token"]), self.codec(frozen))
+        predict = pixel_to_token.bind(self.net, params["pixel_to_token"], self.config.known_tokens)
+        return samplers.bind(predict, self.codec(frozen), self.config.mapping)
 
     def features(self, params, frozen, image):
         tokens = self.net.apply({"params": params["pixel_to_token"]}, images.to_unit(image), method="encode")
