@@ -109,6 +109,21 @@ def test_a_task_that_trains_on_computed_features_is_planned_without_them():
     assert sizes["batch_size"] == 8 and jax.tree.leaves(frozen)
 
 
+@pytest.mark.parametrize("kind", compile_only.PROGRAMS)
+def test_a_plan_runs_nothing(kind):
+    """The compiler's devices cannot: an array made in passing would end the plan."""
+    tiny = programs.fields("demo_addp", "tiny").to_dict()
+    run, compiled = compile_only.build(tiny, partition.make_mesh(partition.Config(), jax.devices()[:1])), []
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(lambda name, _, **more: compiled.append(name))
+    try:
+        with jax.set_mesh(run.mesh):
+            compile_only.PROGRAMS[kind](run, tiny)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert not [name for name in compiled if "backend_compile" in name]
+
+
 @pytest.mark.parametrize("change, words", [
     ({"collectives": {"all-gather": {"count": 1, "bytes": 57 * GIB}}}, "collectives move 57.00 GiB a step, over 2.98 GiB"),
     ({"collectives": {"all-to-all": {"count": 1, "bytes": GIB}}}, "all-to-all of 1.00 GiB"),

@@ -83,7 +83,8 @@ def sampling(run: program.TrainingProgram, config: dict):
     batch = {"number": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=partition.batch_sharding(run.mesh))}
     frozen, params = _whole(run, run.task.load_for_sampling()), _whole(run, run.state.params)
     sizes = _sizes(params, frozen, batch) | {"batch_size": size, "optimizer_bytes": 0, "donated": 0}
-    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=partition.replicated(run.mesh))
+    dtype = jax.eval_shape(jax.random.key, 0).dtype  # these devices run nothing, not even that
+    key = jax.ShapeDtypeStruct((), dtype, sharding=partition.replicated(run.mesh))
     return jax.jit(samplers.drawing(run.task, run.mesh)), ((params, frozen, key), batch), sizes
 
 
