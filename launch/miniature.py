@@ -46,6 +46,7 @@ COLUMNS = {  # name, what the log's value is multiplied by, which is better
     "mask_ap": ("mask AP", 100, "higher"),
     "miou": ("mIoU, %", 100, "higher"),
 }
+RELEASED = {"model.sampler.top_p": 1.0, "model.sampler.temperature": 6.0, "model.sampler.guidance": 0.0}  # its sampler
 SCRATCH_LR = {"optim.base_lr": 0.008}  # a third of what suits a pre-trained encoder
 
 
@@ -84,8 +85,8 @@ def jobs(out: pathlib.Path, rows: list[str], seeds: int) -> Iterator[Job]:
         for seed in range(seeds):
             if encoder:
                 stage, frozen = ("demo_predictor", tokens) if row == "mage" else ("demo_addp", nets | ADDP[row])
-                sampling = frozen | {"generate.sweep": "steps=20", "evaluate.features": judge, "evaluate.seed": seed}
-                job = measured("samples", stage, 3, sampling, {"frechet": "frechet_2k"}, seed)
+                sampling = {"generate.sweep": "steps=20", "evaluate.features": judge, "evaluate.seed": seed}
+                job = measured("samples", stage, 3, frozen | RELEASED | sampling, {"frechet": "frechet_2k"}, seed)
                 yield dataclasses.replace(job, sampled=encoder)
             probe, frozen = "demo_probe", {"model.encoder_weights": encoder or "random"}
             if row == "mage":

@@ -110,10 +110,10 @@ def test_a_sweep_is_one_sheet_with_a_row_and_a_line_for_each_setting(program, tr
     monkeypatch.setattr(evaluate, "distances", distances)
     config = generate.Config(num_images=2, output=str(tmp_path), sweep="steps=1,2;schedule=sqrt")
     sweep.sweep(program, config, str(trained / "addp"))
-    assert [tuple(entry.values())[:3] for entry in asked] == [(1, "sqrt", 6.0), (2, "sqrt", 6.0)]
+    assert [tuple(entry.values())[:3] for entry in asked] == [(1, "sqrt", 2.0), (2, "sqrt", 2.0)]
     lines = [json.loads(line) for line in (tmp_path / "sweep.jsonl").read_text().splitlines()]
     schedules = [line.pop("at each step") for line in lines]
-    assert [schedule["num_masked"] for schedule in schedules] == [[1], [5, 1]] and schedules[1]["temperature"] == [3.0, 0.0]
+    assert [schedule["num_masked"] for schedule in schedules] == [[1], [5, 1]] and schedules[1]["temperature"] == [1.0, 0.0]
     assert lines == [{"steps": 1, "schedule": "sqrt", "fid_16": 1.0}, {"steps": 2, "schedule": "sqrt", "fid_16": 2.0}]
     sheet = pixels(tmp_path / "sweep.png")
     assert len(sheet) == 2 * (16 + S + 4)  # caption, images and their border

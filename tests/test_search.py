@@ -97,8 +97,8 @@ def test_the_distance_is_the_evaluations(program, trained):
 def test_a_search_begins_with_the_values_of_the_config(program):
     begin = search.initial(program.task, 16)
     assert begin == {
-        "steps": 4, "schedule": [15, 12, 7, 1], "temperature": [4.5, 3.0, 1.5, 0.0],
-        "token_temperature": [1.0] * 4, "guidance": [0.0] * 4,
+        "steps": 4, "schedule": [15, 12, 7, 1], "temperature": [1.5, 1.0, 0.5, 0.0],
+        "token_temperature": [1.0] * 4, "guidance": [0.8] * 4,
     }  # fmt: skip
     halton = samplers.with_sampler(program.task, {"order": "halton"})
     assert search.initial(halton, 16).keys() == begin.keys() - {"temperature"}
