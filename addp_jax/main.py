@@ -174,15 +174,15 @@ def keep_programs() -> None:
 
     Each kind of processor has its own, since a program compiled for another one may die of an unknown instruction.
     """
-    features = ""
+    root, features = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), ""
+    if CACHE in os.environ or root.startswith("~"):  # a user without a home
+        return
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
         features = next((line for line in file if line.lower().startswith(("flags", "features"))), "")
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = os.path.join(root, "addp_jax", f"xla-{zlib.crc32(features.encode()):08x}")
-    with contextlib.suppress(OSError):  # no home, or one that cannot be written to: nothing is kept
-        if CACHE not in os.environ:
-            os.makedirs(folder, exist_ok=True)
-            os.environ[CACHE] = folder
+    with contextlib.suppress(OSError):  # where nothing can be written nothing is kept
+        os.makedirs(folder, exist_ok=True)
+        os.environ[CACHE] = folder
 
 
 def entry() -> None:

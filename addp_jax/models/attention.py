@@ -41,9 +41,7 @@ def _backward(rate, residuals, gradient):
 
 
 def _dropped(weights, rng, rate: float):
-    if rng is None:
-        return weights
-    return dropout.drop(weights, rng, rate)
+    return weights if rng is None else dropout.drop(weights, rng, rate)
 
 
 attend.defvjp(_forward, _backward)
