@@ -329,13 +329,15 @@ run = checkpoint.Checkpointer(sys.argv[1], checkpoint.Config(), {})
 make = lambda step: {"params": [jnp.full((50_000,), step * 0.5) for _ in range(6)]}
 abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), make(0))
 found = run.restore_latest(abstract)
-state, step = found or (make(0), 0)
+state, begin = found or (make(0), 0)
+step = begin
 assert all((leaf == step * 0.5).all() for leaf in state["params"]), step
 print(step, flush=True)
-threading.Timer(float(sys.argv[2]), lambda: os.kill(os.getpid(), 9)).start()
 while len(sys.argv) == 3:
     step += 1
     run.save(step, make(step))
+    if step == begin + 2:  # the one before is written, however slow the machine is
+        threading.Timer(float(sys.argv[2]), lambda: os.kill(os.getpid(), 9)).start()
 os._exit(0)
 """
 
@@ -356,7 +358,7 @@ def test_run_killed_while_saving_always_restores_a_consistent_state(tmp_path):
     final = spawn(KILLED, tmp_path, 60, "only restore")
     assert final.returncode == 0, final.stderr
     reached.append(int(final.stdout))
-    assert reached == sorted(reached) and reached[0] == 0 and reached[-1] > 0  # how far depends on the load
+    assert reached == sorted(reached) and reached[0] == 0 and reached[-1] > 2
 
 
 def test_parameters_of_a_run_load_as_numpy_without_its_optimizer(tmp_path):
