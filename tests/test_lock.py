@@ -21,16 +21,15 @@ HOLD = """
 import os, sys, time
 from addp_jax.weights import lock
 with lock.hold(sys.argv[1]):
-    child = os.fork() if len(sys.argv) > 2 else 1
-    if child:
-        print(child, flush=True)
+    if len(sys.argv) == 2 or os.fork() == 0:
+        print(os.getpid(), flush=True)
     time.sleep(60)
 """
 
 
 @contextlib.contextmanager
 def holder(workdir, *arguments):
-    """A process that holds the lock, and the number that it printed."""
+    """A process that holds the lock, and the number of the one that said it is ready: itself, or the child that it forked."""
     command = [sys.executable, "-c", HOLD, str(workdir), *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"XLA_FLAGS": ""})
     try:
