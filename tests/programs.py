@@ -35,6 +35,13 @@ def config(name: str, arg: str = "tiny", **changes) -> program.Config:
     return modes.split(fields(name, arg, **changes).to_dict())[0]
 
 
+def weights_for(name, trained) -> dict:
+    """The fields of a config that name folders, pointed at the trained runs."""
+    model = fields(name).model
+    paths = {"tokenizer_weights": "tokenizer", "predictor_weights": "predictor", "encoder_weights": "addp", "cache": "features"}
+    return {f"model__{field}": str(trained / run) for field, run in paths.items() if field in model}
+
+
 def photos(folder, sizes: dict[str, tuple[int, int]]):
     """Files of random pixels: sizes by name, (height, width)."""
     for name, (height, width) in sizes.items():

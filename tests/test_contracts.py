@@ -20,13 +20,6 @@ DEMO = [name for name in programs.names() if name.startswith("demo")]
 REAL = [name for name in programs.names() if name not in DEMO and not name.startswith("own") and not name.endswith(":l")]
 
 
-def weights_for(name, trained) -> dict:
-    """The fields of a config that name folders, pointed at the trained runs."""
-    model = programs.fields(name).model
-    found = {"tokenizer_weights": "tokenizer", "predictor_weights": "predictor", "encoder_weights": "addp", "cache": "features"}
-    return {f"model__{field}": str(trained / run) for field, run in found.items() if field in model}
-
-
 FILES = ["grid.png", "images", "samples.npz", "settings.json", "steps.gif", "strip.png"]
 
 
@@ -43,7 +36,7 @@ def test_config_states_what_it_trains(name):
 @pytest.mark.medium
 @pytest.mark.parametrize("name", REAL)
 def test_tiny_run_trains_and_evaluates(name, trained, tmp_path):
-    train_whole(programs.config(name, **weights_for(name, trained)), tmp_path / "run")
+    train_whole(programs.config(name, **programs.weights_for(name, trained)), tmp_path / "run")
 
 
 def train_whole(config, workdir):
@@ -56,7 +49,7 @@ def train_whole(config, workdir):
 @pytest.mark.medium
 @pytest.mark.parametrize("name", DEMO)  # the others' :tiny are the same programs
 def test_tiny_run_resumes_bit_exactly_and_evaluates(name, trained, tmp_path):
-    config = programs.config(name, **weights_for(name, trained))
+    config = programs.config(name, **programs.weights_for(name, trained))
     train_whole(config, tmp_path / "whole")
     interrupted = str(tmp_path / "parts")
     stop_after(config, interrupted, 2)
@@ -106,7 +99,7 @@ def stop_after(config, workdir, steps):
 @pytest.mark.medium
 @pytest.mark.parametrize("name", [name for name in DEMO if "sampler" in programs.fields(name).model])
 def test_generation_writes_its_files_and_depends_on_the_seed_alone(name, trained, tmp_path):
-    config = programs.config(name, **weights_for(name, trained))
+    config = programs.config(name, **programs.weights_for(name, trained))
     loop.train(config, str(tmp_path / "run"))
     run = program.create_training(config, num_train=config.batch_size)
     found = {}
