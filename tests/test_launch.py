@@ -57,6 +57,7 @@ case "$*" in
         case "$*" in *--clear*) rm -r "$folder" ;; esac
         mkdir -p "$folder/bin"; touch "$folder/bin/activate"; cp "$0" "$folder/bin/python" ;;
     *"-m pip "*) exit "${PIP_STATUS:-0}" ;;
+    "-m pytest "*) echo "$GLIBC_TUNABLES" >"$TOOLS/tunables" ;;
 esac
 """
 
@@ -138,6 +139,12 @@ def test_the_tests_script_hands_its_arguments_on(installer):
     assert status == 0 and output.startswith("launch/test.sh [--fast]") and not installer.calls
     installer.call("test.sh", "--fast", "-k", "sampling")
     assert installer.calls[-1] == "python -m pytest tests --numprocesses=2 --dist=loadfile --fast -k sampling "
+
+
+@pytest.mark.parametrize("given, expected", [("", "glibc.malloc.hugetlb=1"), ("glibc.malloc.check=1", "glibc.malloc.check=1")])
+def test_huge_pages_are_asked_for_unless_the_user_tunes_himself(given, expected, installer):
+    assert installer.call("test.sh", GLIBC_TUNABLES=given)[0] == 0
+    assert (installer.folder / "tunables").read_text() == f"{expected}\n"
 
 
 # --- several processes on this machine ------------------------------------------------------------
