@@ -140,6 +140,13 @@ def soft_cross_entropy(target: jax.Array, logits: jax.Array, mask: jax.Array, la
     return (loss * mask).sum(-1) / mask.sum(-1)
 
 
+def least_cross_entropy(target: jax.Array, mask: jax.Array, label_smoothing: float, vocab_size: int) -> jax.Array:
+    """The entropy of the smoothed target: no logits `[B,L,V]` take `soft_cross_entropy` below it: float32 `[B]`."""
+    smoothed = (1 - label_smoothing) * jnp.pad(target, ((0, 0), (0, 0), (0, vocab_size - target.shape[-1])))
+    entropy = jax.scipy.special.entr(smoothed + label_smoothing / vocab_size).sum(-1)
+    return (entropy * mask).sum(-1) / mask.sum(-1)
+
+
 # --- sampling -------------------------------------------------------------------------------------
 
 # Share of `count` tokens that is still masked once the share `done` of the steps is done; what the steps reveal:

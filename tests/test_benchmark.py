@@ -6,7 +6,7 @@ import jax
 import programs
 import pytest
 
-from addp_jax import errors, partition
+from addp_jax import errors, partition, program
 from addp_jax.planning import benchmark, flops
 
 pytestmark = pytest.mark.medium
@@ -97,3 +97,14 @@ def test_keeping_everything_changes_nothing_but_what_is_computed_again():
     fields = {"net": {"encoder": {"remat": "dots", "depth": 2}, "decoder": {"remat": "full"}}, "remat": "full", "name": "remat"}
     kept = {"net": {"encoder": {"remat": "none", "depth": 2}, "decoder": {"remat": "none"}}, "remat": "none", "name": "remat"}
     assert flops.everything_kept(fields) == kept and fields["remat"] == "full"
+
+
+def test_a_network_that_reads_one_image_as_well_as_the_batch_is_measured_on_the_batch():
+    """With guidance, on one device: each step also asks the decoder about one hidden image, the first asks nothing else."""
+    weights = dict(model__tokenizer_weights="random", model__predictor_weights="random")
+    config = programs.config("demo_addp", **weights, model__sampler__steps=2, model__sampler__guidance=0.5, batch_size=2)
+    run = program.create_training(config, 2, partition.make_mesh(config.mesh, jax.devices()[:1]))
+    with jax.set_mesh(run.mesh):
+        frozen = run.place(run.task.load_frozen())
+        _, *parts = benchmark.sampling(run, frozen, config.batch_size)
+    assert {row.part: row.calls for row in parts} == {"Tokenizer.decode": 2, "PixelToToken.encode": 1, "PixelToToken.decode": 3}

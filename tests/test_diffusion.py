@@ -178,6 +178,17 @@ def test_the_loss_is_least_at_the_target():
     assert at(logits) < min(at(logits + 0.1 * random(*logits.shape, seed=seed)) for seed in range(1, 9))
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_the_least_loss_is_that_of_logits_that_say_the_smoothed_target(label_smoothing):
+    _, target, token_ids, mask = case()
+    for target in (target, jax.nn.one_hot(token_ids, target.shape[-1])):
+        least = diffusion.least_cross_entropy(target, mask, label_smoothing, 10)
+        smoothed = (1 - label_smoothing) * np.pad(target, ((0, 0), (0, 0), (0, 3))) + label_smoothing / 10
+        said = np.log(np.maximum(smoothed, 1e-30))
+        reached = diffusion.soft_cross_entropy(target, said, mask, label_smoothing)
+        np.testing.assert_allclose(least, reached, rtol=1e-6, atol=1e-6)
+
+
 # --- sampling -------------------------------------------------------------------------------------
 
 

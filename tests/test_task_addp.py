@@ -1,4 +1,4 @@
-"""Stage 3: which of the paper's choices its fields replace."""
+"""Stage 3: which of the paper's choices its fields replace, and what its evaluation says of the encoder."""
 
 import jax
 import numpy as np
@@ -27,3 +27,17 @@ def test_the_papers_choices_are_the_default_and_can_be_replaced(monkeypatch):
         jax.eval_shape(lambda params, frozen, task=task: task.loss(params, frozen, IMAGES, jax.random.key(0), True), *networks)
         seen[-1] += task.capacity > 0, task.nets(*networks).mapping
     assert seen == [("expected", "teacher", True, "expected"), ("drawn", "tokens", False, "drawn")]
+
+
+def test_an_evaluation_tells_the_least_loss_and_that_without_the_encoder():
+    run = program.create_training(programs.config("demo_addp", **RANDOM), 64, partition.make_mesh(partition.Config()))
+    task, frozen, found = run.task, run.task.load_frozen(), []
+    params = task.init(jax.random.key(0))
+    for scale in (1.0, 2.0):
+        net = params["pixel_to_token"]
+        changed = {"pixel_to_token": net | {"encoder": jax.tree.map(lambda array: scale * array, net["encoder"])}}
+        figures, _ = task._values(changed, frozen, IMAGES, jax.random.key(1))
+        found.append(jax.tree.map(np.asarray, figures))
+    assert (found[0]["loss_floor"] < found[0]["loss"]).all() and (found[0]["loss_floor"] < found[0]["loss_blind"]).all()
+    for name, same in {"loss_floor": True, "loss_blind": True, "loss": False}.items():
+        assert np.array_equal(found[0][name], found[1][name]) == same, name

@@ -94,7 +94,8 @@ def networks(function, mesh, *args) -> dict[str, Row]:
     for name, same in runs.items():
         sizes = [sum(array.size for array in call.arrays) for call in same]
         largest, count = same[sizes.index(max(sizes))], sizes.count(max(sizes))
-        looped = count < len(same)  # then the others are single examples of `one_by_one`
+        # Where the others are single examples of `one_by_one`, it loops; a single image may also be read by itself.
+        looped = count < len(same) and len(largest.arrays) == 1
         rows[name] = _alone(largest, mesh, looped) * count
     return rows
 
@@ -221,7 +222,6 @@ def benchmark(config: program.Config) -> dict:
     } | {title: [dataclasses.asdict(row) for row in rows] for title, rows in tables.items()}
     print(json.dumps(result))
     return result
-
 
 
 def read(path: str) -> dict:

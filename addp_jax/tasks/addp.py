@@ -65,7 +65,7 @@ class Task(tasks.Generator, tasks.Recogniser):
         self.tokenizer = codecs.create(config.tokenizer, dtype)
         self.sampler, self.sampler_config = samplers.chosen(config.sampler)
         # Made here so that the second evaluation compiles nothing.
-        self._values = jax.jit(functools.partial(self._per_example, train=False))
+        self._values = jax.jit(self._evaluated)
         self._samples = samplers.unconditional(self, config.num_samples)
         # Static room for known tokens: the cleanest mask of the schedule leaves the most.
         most_known = config.net.length - int(diffusion.grid_num_masked(config.masks, config.net.length).min())
@@ -124,7 +124,7 @@ class Task(tasks.Generator, tasks.Recogniser):
         return heads.block_tokens(self.target, params, image, self.config.alignment.target_block, self.dtype)[:, 1:]
 
     def _per_example(self, params, frozen, batch, rng, train: bool, tap: int = 0):
-        """Loss [B]; what the pictures show, such as the corrupted image [B,H,W,3]; the output of the block `tap`."""
+        """Loss [B]; what an evaluation looks at, such as the corrupted image [B,H,W,3]; the output of the block `tap`."""
         mask_key, teacher_key, dropout_key = jax.random.split(rng, 3)
         if len(batch["image"]) % self.config.masks.group:
             raise errors.UserError(f"config.model.masks.group: does not divide config.batch_size={len(batch['image'])}")
@@ -145,25 +145,42 @@ class Task(tasks.Generator, tasks.Recogniser):
         )  # fmt: skip
         logits, tapped = logits if tap else (logits, None)
         loss = diffusion.soft_cross_entropy(target, logits, mask_s, self.config.label_smoothing)
-        return loss, (image, corrupted, logits, token_ids, mask_s), tapped
+        return loss, (image, corrupted, logits, token_ids, mask_s, target), tapped
 
     def _teach(self, params, token_ids, dropout: bool, mask, rng):
         """The token predictor's distribution given the tokens outside `mask`: [B,L,K], no gradient."""
         logits = self.predictor.apply({"params": params}, token_ids, mask, train=dropout, rngs={"dropout": rng})
         return jax.lax.stop_gradient(jax.nn.softmax(logits[..., : self.config.predictor.num_codes]))
 
+    def _evaluated(self, params, frozen, batch, rng):
+        """Figures [B] of each image by name, and what the pictures show of it."""
+        loss, (*shown, target), _ = self._per_example(params, frozen, batch, rng, train=False)
+        *_, logits, token_ids, mask = shown
+        smoothing, vocab_size = self.config.label_smoothing, self.config.net.vocab_size
+        unseen = jnp.zeros((len(logits), 1 + mask.shape[1], self.config.net.encoder.width), self.dtype)
+        blind = self.net.apply(
+            {"params": params["pixel_to_token"]}, unseen, token_ids, mask, self.capacity, method="decode"
+        )
+        figures = {
+            "loss": loss,
+            "loss_floor": diffusion.least_cross_entropy(target, mask, smoothing, vocab_size),
+            "loss_blind": diffusion.soft_cross_entropy(target, blind, mask, smoothing),
+        }
+        return figures, shown
+
     def evaluate(self, params, frozen, batches, source):
-        """Loss over `batches`, also by mask ratio; pictures of original, corrupted and predicted images, and samples."""
+        """Loss over `batches`, also by mask ratio; the least it could be (`loss_floor`), what it is with the encoder's
+        features at zero (`loss_blind`); pictures of original, corrupted and predicted images, and samples."""
         key, shown, by_ratio = keys.of(0, "evaluation"), [], averages.ByMaskRatio()
 
         def losses():
             for index, batch in enumerate(batches):
-                loss, seen, _ = self._values(params, frozen, batch, jax.random.fold_in(key, index))
+                figures, seen = self._values(params, frozen, batch, jax.random.fold_in(key, index))
                 if index == 0:
                     shown.append(partition.whole([array[:COLUMNS] for array in seen]))
-                loss, ratio, valid = partition.whole((loss, seen[-1].mean(-1), batch["valid"]))
-                by_ratio.add(ratio, loss, valid)
-                yield {"loss": loss}, valid
+                figures, ratio, valid = partition.whole((figures, seen[-1].mean(-1), batch["valid"]))
+                by_ratio.add(ratio, figures["loss"], valid)
+                yield figures, valid
 
         scalars = averages.mean_over(losses()) | by_ratio.means()
         samples = self._samples(params, frozen, keys.of(0, "samples"))
