@@ -90,7 +90,8 @@ class Program:
         identity = info["identity"]
         own = {"task": self.config.task, "model": schema.identity(self.task.config, "network")}
         if "model" in identity:  # imported weights have no record of their settings
-            saved = {"task": identity.get("task"), "model": _common(identity["model"], own["model"])}
+            usual = schema.identity(type(self.task.config)(), "network")
+            saved = {"task": identity.get("task"), "model": _known(identity["model"], own["model"], usual)}
             if lines := provenance.differences(saved, own):
                 shown = parameters.shortened(lines, SHOWN)
                 raise errors.UserError(f"{workdir} was trained with other settings ({shown}); use those of the run")
@@ -282,9 +283,11 @@ def check_classes(where: str, recorded, source) -> None:
     )
 
 
-def _common(saved: dict, own: dict) -> dict:
-    """`saved` without the fields that `own` does not name."""
+def _known(saved, own: dict, usual):
+    """The fields of `saved` that `own` names; what a run of an earlier version did not have yet is as `usual`."""
     if not isinstance(saved, dict):
         return saved
-    shared = {name: (saved[name], own[name]) for name in own if name in saved}
-    return {name: _common(*pair) if isinstance(pair[1], dict) else pair[0] for name, pair in shared.items()}
+    usual = usual if isinstance(usual, dict) else {}
+    saved = {name: usual[name] for name in own if name in usual} | saved
+    shared = {name: (saved[name], own[name], usual.get(name)) for name in own if name in saved}
+    return {name: _known(*each) if isinstance(each[1], dict) else each[0] for name, each in shared.items()}

@@ -70,7 +70,7 @@ def jobs(out: pathlib.Path, rows: list[str], seeds: int) -> Iterator[Job]:
     nets = tokens | {"model.predictor_weights": predictor}
     yield Job("judge", "demo_judge", 8, {"steps": 2500})
     yield Job("tokenizer", "demo_tokenizer", 15, {"steps": 6000})
-    yield Job("predictor", "demo_predictor", 30, {"steps": 4000} | tokens)
+    yield Job("predictor", "demo_predictor", 30, {"steps": 4000, "optim.base_lr": 0.024} | tokens)
     for row in ADDP:
         if row in rows:
             yield Job(row, "demo_addp", 30, {"steps": 2500} | nets | ADDP[row])

@@ -219,3 +219,18 @@ def test_a_disk_too_small_for_the_samples_is_told_before_drawing(trained, tmp_pa
     monkeypatch.setattr(generate.shutil, "disk_usage", lambda _: type("", (), {"free": 1000})())
     with pytest.raises(errors.UserError, match="config.generate.output: samples.npz takes"):
         generate.generate(made, generate.Config(output=str(tmp_path)), str(trained / "addp"))
+
+
+def test_fields_that_a_run_of_an_earlier_version_lacks_are_taken_for_their_defaults(trained, monkeypatch):
+    """Only for those: another value than the default is refused."""
+    params, info = checkpoint.load_params(str(trained / "addp"), ema=True)
+    model = dict(info["identity"]["model"])
+    assert model.pop("mapping") == "expected" and model["net"].pop("vocab_size")
+    earlier = {"identity": info["identity"] | {"model": model}, "step": info["step"]}
+    monkeypatch.setattr(checkpoint, "load_params", lambda *_, **__: (params, earlier))
+    with pytest.raises(errors.UserError, match=r"other settings \(model.net.vocab_size was 2025, is 36\)"):
+        program.create(config("demo_addp", trained)).read(str(trained / "addp"))
+    model["net"]["vocab_size"] = 36
+    program.create(config("demo_addp", trained)).read(str(trained / "addp"))
+    with pytest.raises(errors.UserError, match=r"other settings \(model.mapping was 'expected', is 'drawn'\)"):
+        program.create(config("demo_addp", trained, model__mapping="drawn")).read(str(trained / "addp"))

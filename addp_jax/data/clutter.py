@@ -9,8 +9,9 @@ import numpy as np
 Paint = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (u, v), which broadcast -> RGB 0..1 [...,3]
 
 LUMA = np.array([0.299, 0.587, 0.114])  # of RGB (ITU-R BT.601)
-DARK, BRIGHT = (0.14, 0.34), (0.64, 0.86)  # luma of what stands out against the other
-DEPTH = (0.03, 0.12)  # half the difference in luma between the two tones of a texture
+HUES = 6  # few, so that a region's colour tells that of the whole region and a token predictor learns soon what it can
+DARK, BRIGHT = 0.24, 0.75  # luma of what stands out against the other
+DEPTH = 0.06  # half the difference in luma between the two tones of a texture
 WAVELENGTH = (0.3, 0.8)  # of a texture, fraction of the picture's side
 
 
@@ -36,21 +37,19 @@ PATTERNS = (  # (a, b), phases along and across -> about -1..1
 
 
 def paint(rng: np.random.Generator, luma: float, unit: float) -> Paint:
-    """A random texture of two tones of one colour, of about this luma.
+    """A random texture of two tones of one of `HUES` colours, of about this luma.
 
     unit: length of 1 in u and v, fraction of the side.
     """
-    depth = rng.uniform(*DEPTH)
-    pure = np.array(colorsys.hls_to_rgb(rng.random(), 0.5, rng.uniform(0.2, 0.9)))
-    first, second = _colour(pure, luma - depth), _colour(pure, luma + depth)
+    pure = np.array(colorsys.hls_to_rgb(rng.integers(HUES) / HUES, 0.5, 0.7))
+    first, second = _colour(pure, luma - DEPTH), _colour(pure, luma + DEPTH)
     pattern = PATTERNS[rng.integers(len(PATTERNS))]
     angle, start, across = rng.uniform(0, 2 * math.pi, 3).tolist()
     rate = 2 * math.pi * unit / (WAVELENGTH[0] * (WAVELENGTH[1] / WAVELENGTH[0]) ** rng.random())
-    sharpness = rng.uniform(0.4, 2)
     cos, sin = rate * math.cos(angle), rate * math.sin(angle)
 
     def painted(u, v):
-        share = np.clip(0.5 + sharpness * pattern(cos * u + sin * v + start, cos * v - sin * u + across), 0, 1)
+        share = np.clip(0.5 + 1.5 * pattern(cos * u + sin * v + start, cos * v - sin * u + across), 0, 1)
         return first + share[..., None] * (second - first)
 
     return painted

@@ -114,7 +114,7 @@ class Shapes(sources.Source):
       shapes: how hard the pictures are.
         plain     one large upright shape of one of four colours near the middle, on plain grey
         full      tilted by some 17 degrees, bright on quiet backgrounds or the other way round, some with a pattern
-        textured  anywhere, turned by any angle, of any hues; a texture on a texture, among pieces of no class, of which
+        textured  anywhere, turned by any angle, of six hues; a texture on a texture, among pieces of no class, of which
                   up to two lie on top and hide at most a fifth each of an object: no colour or pixel tells the class
     """
 
@@ -179,7 +179,7 @@ def _arrange(rng: np.random.Generator, label: int, on_dark: bool, max_objects: i
         centre = _place(rng, radius, spread, objects)
         if shapes == "textured":
             turn = rng.uniform(0, 2 * math.pi)
-            paint = clutter.paint(rng, rng.uniform(*(clutter.BRIGHT if on_dark else clutter.DARK)), radius)
+            paint = clutter.paint(rng, clutter.BRIGHT if on_dark else clutter.DARK, radius)
         else:
             turn = 0.0 if shapes == "plain" else float(rng.normal(0, 0.3))
             texture = "plain" if shapes == "plain" else str(rng.choice(_TEXTURES, p=_TEXTURE_ODDS))
@@ -197,7 +197,7 @@ def _two_tone(colour: np.ndarray, tone: float, texture: str) -> clutter.Paint:
 
 
 def _piece(rng: np.random.Generator, centre: np.ndarray) -> _Object:
-    radius, luma = rng.uniform(0.1, 0.3), rng.uniform(clutter.DARK[0], clutter.BRIGHT[1])
+    radius, luma = rng.uniform(0.1, 0.3), (clutter.DARK, clutter.BRIGHT)[rng.integers(2)]
     outline = clutter.PIECES[rng.integers(len(clutter.PIECES))]
     return _Object(-1, centre, radius, rng.uniform(0, 2 * math.pi), clutter.paint(rng, luma, radius), outline)
 
@@ -216,7 +216,7 @@ def _background(rng: np.random.Generator, size: int, dark: bool, shapes: str) ->
     """Two muted shades of one hue, mixed plainly, by a gradient or by a soft pattern: [S,S,3] in 0..1."""
     if shapes == "textured":
         y, x = np.ogrid[0 : 1 : size * 1j, 0 : 1 : size * 1j]
-        luma = rng.uniform(*(clutter.DARK if dark else clutter.BRIGHT))
+        luma = clutter.DARK if dark else clutter.BRIGHT
         return clutter.paint(rng, luma, 1.0)(x.astype(np.float32), y.astype(np.float32))
     if shapes == "plain":
         return np.full((size, size, 3), 0.12 if dark else 0.93, np.float32)
