@@ -11,6 +11,7 @@ import argparse
 import collections
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import subprocess
@@ -24,12 +25,10 @@ from matplotlib.figure import Figure
 from addp_jax import files, pictures
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-ADDP = {  # rows that are a run of ADDP: what their config has of its own
+ADDP = {  # rows that are runs of ADDP: what their config has of its own
     "addp": {},
-    "aligned": {
-        "model.alignment.weight": 1.0, "model.alignment.block": 2, "model.alignment.target_block": 4,
-        "optim.ema_decay": 0.99,
-    },
+    "aligned": {"model.alignment.weight": 1.0, "model.alignment.block": 2, "model.alignment.target_block": 4},
+    "dispersive": {"model.alignment.dispersive_weight": 0.5, "model.alignment.block": 2},
     "one_step": {"model.masks.max_jump": 1},
     "drawn_codes": {"model.mapping": "drawn"},
     "untold": {"model.known_tokens": False},
@@ -40,6 +39,7 @@ COLUMNS = {  # name, what the log's value is multiplied by, which is better
     "frechet": ("Frechet distance", 1, "lower"),
     "knn": ("frozen, 20-NN, %", 100, "higher"),
     "probe": ("frozen, probe, %", 100, "higher"),
+    "rank": ("effective rank", 1, "higher"),
     "top1_10": ("10 labels, top-1, %", 100, "higher"),
     "top1_100": ("100 labels, top-1, %", 100, "higher"),
     "box_ap": ("box AP", 100, "higher"),
@@ -71,36 +71,35 @@ def jobs(out: pathlib.Path, rows: list[str], seeds: int) -> Iterator[Job]:
     yield Job("judge", "demo_judge", 8, {"steps": 2500})
     yield Job("tokenizer", "demo_tokenizer", 15, {"steps": 6000})
     yield Job("predictor", "demo_predictor", 30, {"steps": 4000, "optim.base_lr": 0.024} | tokens)
-    for row in ADDP:
-        if row in rows:
-            yield Job(row, "demo_addp", 30, {"steps": 2500} | nets | ADDP[row])
+    pretraining = {"steps": 1500, "optim.ema_decay": 0.99, "evaluate.watch_features": 2000} | nets
+    for seed, row in itertools.product(range(seeds), [row for row in rows if row in ADDP]):
+        fields = pretraining | ADDP[row] | {"seed": seed}
+        yield Job(f"{row}_{seed}", "demo_addp", 20, fields, {"rank": "eval/features_rank"}, row)
 
-    for row in rows:
-        encoder = {"mage": predictor, "scratch": ""}.get(row, str(out / row))
+    for row, seed in itertools.product(rows, range(seeds)):
+        encoder = {"mage": predictor, "scratch": ""}.get(row, str(out / f"{row}_{seed}"))
         reading = {"model.encoder_weights": encoder} | ({"model.input": "tokens"} | tokens if row == "mage" else {})
 
-        def measured(what, config, minutes, fields, figures, seed, row=row):
+        def measured(what, config, minutes, fields, figures, row=row, seed=seed):
             return Job(f"{what}_{row}_{seed}", config, minutes, {"seed": seed} | fields, figures, row)
 
-        for seed in range(seeds):
-            if encoder:
-                stage, frozen = ("demo_predictor", tokens) if row == "mage" else ("demo_addp", nets | ADDP[row])
-                sampling = {"generate.sweep": "steps=20", "evaluate.features": judge, "evaluate.seed": seed}
-                job = measured("samples", stage, 3, frozen | RELEASED | sampling, {"frechet": "frechet_2k"}, seed)
-                yield dataclasses.replace(job, sampled=encoder)
-            probe, frozen = "demo_probe", {"model.encoder_weights": encoder or "random"}
-            if row == "mage":
-                probe, frozen = "demo_token_probe", nets
-            frozen = frozen | {"model.cache": str(out / "features")}
-            yield measured("probe", probe, 1, frozen, {"knn": "eval/knn_top1", "probe": "eval/top1"}, seed)
-            tuning = reading | ({} if encoder else SCRATCH_LR)
-            for labels, steps in ((10, 100), (100, 400)):
-                name, few = f"top1_{labels}", tuning | {"data.num_train": 8 * labels, "steps": steps}
-                yield measured(name, "demo_classification", 1 + steps / 200, few, {name: "eval/top1"}, seed)
-            found = {"box_ap": "eval/bbox_AP", "mask_ap": "eval/segm_AP"}
-            yield measured("detection", "demo_detection", 6, reading | {"steps": 300, "eval_batches": 0}, found, seed)
-            found = {"miou": "eval/mIoU"}
-            yield measured("segmentation", "demo_segmentation", 5, reading | {"steps": 500}, found, seed)
+        if encoder:
+            stage, frozen = ("demo_predictor", tokens) if row == "mage" else ("demo_addp", pretraining | ADDP[row])
+            sampling = {"generate.sweep": "steps=20", "evaluate.features": judge, "evaluate.seed": seed}
+            job = measured("samples", stage, 3, frozen | RELEASED | sampling, {"frechet": "frechet_2k"})
+            yield dataclasses.replace(job, sampled=encoder)
+        probe, frozen = "demo_probe", {"model.encoder_weights": encoder or "random"}
+        if row == "mage":
+            probe, frozen = "demo_token_probe", nets
+        frozen = frozen | {"model.cache": str(out / "features")}
+        yield measured("probe", probe, 1, frozen, {"knn": "eval/knn_top1", "probe": "eval/top1"})
+        tuning = reading | ({} if encoder else SCRATCH_LR)
+        for labels, steps in ((10, 100), (100, 400)):
+            name, few = f"top1_{labels}", tuning | {"data.num_train": 8 * labels, "steps": steps}
+            yield measured(name, "demo_classification", 1 + steps / 200, few, {name: "eval/top1"})
+        found = {"box_ap": "eval/bbox_AP", "mask_ap": "eval/segm_AP"}
+        yield measured("detection", "demo_detection", 6, reading | {"steps": 300, "eval_batches": 0}, found)
+        yield measured("segmentation", "demo_segmentation", 5, reading | {"steps": 500}, {"miou": "eval/mIoU"})
 
 
 def run(job: Job, out: pathlib.Path, flags: list[str]) -> dict[str, float]:
@@ -131,7 +130,7 @@ def table(figures: dict[str, dict[str, list[float]]], seeds: int, hours: float) 
     for row, values in figures.items():
         cells = (np.array(values[column]) * factor for column, (_, factor, _) in COLUMNS.items())
         lines.append([row, *(f"{cell.mean():.1f} ± {cell.std():.1f}" if len(cell) else "" for cell in cells)])
-    about = f"Mean and standard deviation of {seeds} seeds. The pre-training has one. {hours:.1f} hours in all."
+    about = f"Mean and standard deviation of {seeds} seeds; MAGE's pre-training has one. {hours:.1f} hours in all."
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{about}\n"
 
 
@@ -157,7 +156,7 @@ def main(argv=None) -> None:
     add = functools.partial(parser.add_argument, metavar="")
     add("--out", default="runs/miniature", help="where runs and tables go; default %(default)s")
     add("--rows", default=",".join(ROWS[:4]), help=f"of {', '.join(ROWS)}; default %(default)s")
-    add("--seeds", type=int, default=3, help="of everything behind the pre-training; default %(default)s")
+    add("--seeds", type=int, default=3, help="of ADDP and all that is measured; default %(default)s")
     options, flags = parser.parse_known_args(argv)
     rows = options.rows.split(",")
     if wrong := [row for row in rows if row not in ROWS] + [flag for flag in flags if not flag.startswith("--config.")]:
