@@ -43,7 +43,7 @@ class Config:
     flip: bool = True  # horizontally, half of the training images
     max_objects: int = schema.field(1, least=1)  # shapes: objects per picture
     # shapes: plain (large, upright, one of four colours, on grey) | full (bright on quiet backgrounds) | textured (any
-    # pose and colour, textures everywhere, distractors, occlusion)
+    # pose, six hues, textures everywhere, distractors, occlusion)
     shapes: str = schema.field("full", choices=("plain", "full", "textured"))
     # label_maps and what is made from shapes, see `data.segmentation.Labels`.
     ignored_label: int = schema.field(255, least=0, most=255)  # pixels of no class
