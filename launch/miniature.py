@@ -1,6 +1,6 @@
 """The paper's claim in miniature: ADDP's encoder, MAGE's and none, compared on generated shapes.
 
-    launch/miniature.sh [--out FOLDER] [--rows ROW,...] [--seeds N] [--config.FIELD=VALUE...]
+    launch/miniature.sh [--out FOLDER] [--rows ROW,...] [--columns COLUMN,...] [--seeds N] [--config.FIELD=VALUE...]
 
 Trains a tokenizer, MAGE's token predictor and ADDP on the same textured pictures, then measures each row: samples,
 frozen features, classification from few labels, detection, segmentation. Writes table.json, table.md and table.png.
@@ -70,11 +70,12 @@ def jobs(out: pathlib.Path, rows: list[str], seeds: int) -> Iterator[Job]:
     nets = tokens | {"model.predictor_weights": predictor}
     yield Job("judge", "demo_judge", 8, {"steps": 2500})
     yield Job("tokenizer", "demo_tokenizer", 15, {"steps": 6000})
-    yield Job("predictor", "demo_predictor", 30, {"steps": 4000, "optim.base_lr": 0.024} | tokens)
-    pretraining = {"steps": 1500, "optim.ema_decay": 0.99, "evaluate.watch_features": 2000} | nets
+    yield Job("predictor", "demo_predictor", 8, {"steps": 2000, "optim.base_lr": 0.024} | tokens)
+    average = {"optim.ema_decay": 0.99}
+    pretraining = {"steps": 600, "evaluate.watch_features": 2000} | average | nets
     for seed, row in itertools.product(range(seeds), [row for row in rows if row in ADDP]):
         fields = pretraining | ADDP[row] | {"seed": seed}
-        yield Job(f"{row}_{seed}", "demo_addp", 20, fields, {"rank": "eval/features_rank"}, row)
+        yield Job(f"{row}_{seed}", "demo_addp", 7, fields, {"rank": "eval/features_rank"}, row)
 
     for row, seed in itertools.product(rows, range(seeds)):
         encoder = {"mage": predictor, "scratch": ""}.get(row, str(out / f"{row}_{seed}"))
@@ -84,7 +85,7 @@ def jobs(out: pathlib.Path, rows: list[str], seeds: int) -> Iterator[Job]:
             return Job(f"{what}_{row}_{seed}", config, minutes, {"seed": seed} | fields, figures, row)
 
         if encoder:
-            stage, frozen = ("demo_predictor", tokens) if row == "mage" else ("demo_addp", pretraining | ADDP[row])
+            stage, frozen = ("demo_predictor", tokens) if row == "mage" else ("demo_addp", average | nets | ADDP[row])
             sampling = {"generate.sweep": "steps=20", "evaluate.features": judge, "evaluate.seed": seed}
             job = measured("samples", stage, 3, frozen | RELEASED | sampling, {"frechet": "frechet_2k"})
             yield dataclasses.replace(job, sampled=encoder)
@@ -93,13 +94,18 @@ def jobs(out: pathlib.Path, rows: list[str], seeds: int) -> Iterator[Job]:
             probe, frozen = "demo_token_probe", nets
         frozen = frozen | {"model.cache": str(out / "features")}
         yield measured("probe", probe, 1, frozen, {"knn": "eval/knn_top1", "probe": "eval/top1"})
-        tuning = reading | ({} if encoder else SCRATCH_LR)
+        scratch_lr = {} if encoder else SCRATCH_LR
         for labels, steps in ((10, 100), (100, 400)):
-            name, few = f"top1_{labels}", tuning | {"data.num_train": 8 * labels, "steps": steps}
-            yield measured(name, "demo_classification", 1 + steps / 200, few, {name: "eval/top1"})
+            name, few = f"top1_{labels}", scratch_lr | {"data.num_train": 8 * labels} | length(steps)
+            yield measured(name, "demo_classification", 0.6 + steps / 220, reading | few, {name: "eval/top1"})
         found = {"box_ap": "eval/bbox_AP", "mask_ap": "eval/segm_AP"}
-        yield measured("detection", "demo_detection", 6, reading | {"steps": 300, "eval_batches": 0}, found)
-        yield measured("segmentation", "demo_segmentation", 5, reading | {"steps": 500}, {"miou": "eval/mIoU"})
+        yield measured("detection", "demo_detection", 6, reading | length(300) | {"eval_batches": 0}, found)
+        yield measured("segmentation", "demo_segmentation", 5, reading | length(500), {"miou": "eval/mIoU"})
+
+
+def length(steps: int) -> dict[str, int]:
+    """Fields of a training that is measured at its end only."""
+    return {"steps": steps, "eval_every": steps}
 
 
 def run(job: Job, out: pathlib.Path, flags: list[str]) -> dict[str, float]:
@@ -124,11 +130,17 @@ def run(job: Job, out: pathlib.Path, flags: list[str]) -> dict[str, float]:
     return {column: last[name] for column, name in job.figures.items()}
 
 
+def shown_columns(figures: dict[str, dict[str, list[float]]]) -> list[str]:
+    """The columns that a row has values of."""
+    return [column for column in COLUMNS if any(values[column] for values in figures.values())]
+
+
 def table(figures: dict[str, dict[str, list[float]]], seeds: int, hours: float) -> str:
     """Markdown: mean and, of several seeds, standard deviation; `figures`: {row: {column: a value of each seed}}."""
-    lines = [["encoder", *(name for name, _, _ in COLUMNS.values())], ["---"] * (1 + len(COLUMNS))]
+    columns = shown_columns(figures)
+    lines = [["encoder", *(COLUMNS[column][0] for column in columns)], ["---"] * (1 + len(columns))]
     for row, values in figures.items():
-        cells = (np.array(values[column]) * factor for column, (_, factor, _) in COLUMNS.items())
+        cells = (np.array(values[column]) * COLUMNS[column][1] for column in columns)
         lines.append([row, *(f"{cell.mean():.1f} ± {cell.std():.1f}" if len(cell) else "" for cell in cells)])
     about = f"Mean and standard deviation of {seeds} seeds; MAGE's pre-training has one. {hours:.1f} hours in all."
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{about}\n"
@@ -136,7 +148,7 @@ def table(figures: dict[str, dict[str, list[float]]], seeds: int, hours: float) 
 
 def draw(figures: dict[str, dict[str, list[float]]], path: pathlib.Path) -> None:
     """A panel for each column: bars of the means, a dot for every seed."""
-    shown = [column for column in COLUMNS if any(values[column] for values in figures.values())]
+    shown = shown_columns(figures)
     figure = Figure(figsize=(2.2 * len(shown), 3), dpi=120, layout="constrained")
     for panel, column in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
         name, factor, better = COLUMNS[column]
@@ -156,16 +168,23 @@ def main(argv=None) -> None:
     add = functools.partial(parser.add_argument, metavar="")
     add("--out", default="runs/miniature", help="where runs and tables go; default %(default)s")
     add("--rows", default=",".join(ROWS[:4]), help=f"of {', '.join(ROWS)}; default %(default)s")
+    columns = f"to measure, of {', '.join(COLUMNS)}; default all; rank comes with every pre-training"
+    add("--columns", default=",".join(COLUMNS), help=columns)
     add("--seeds", type=int, default=3, help="of ADDP and all that is measured; default %(default)s")
     options, flags = parser.parse_known_args(argv)
-    rows = options.rows.split(",")
-    if wrong := [row for row in rows if row not in ROWS] + [flag for flag in flags if not flag.startswith("--config.")]:
-        parser.error(f"{wrong[0]}: neither a row nor a field; rows are {', '.join(ROWS)}, fields --config.FIELD=VALUE")
+    rows, columns = options.rows.split(","), options.columns.split(",")
+    if wrong := [row for row in rows if row not in ROWS]:
+        parser.error(f"--rows: {wrong[0]}; use {', '.join(ROWS)}")
+    if wrong := [column for column in columns if column not in COLUMNS]:
+        parser.error(f"--columns: {wrong[0]}; use {', '.join(COLUMNS)}")
+    if wrong := [flag for flag in flags if not flag.startswith("--config.")]:
+        parser.error(f"{wrong[0]}: use --config.FIELD=VALUE")
     out = pathlib.Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     done_file = out / "done.json"  # {job: [seconds, figures]}
     done = json.loads(done_file.read_text()) if done_file.exists() else {}
-    planned = list(jobs(out, rows, options.seeds))
+    wanted = {*columns, "rank"}
+    planned = [job for job in jobs(out, rows, options.seeds) if wanted & job.figures.keys() or not job.figures]
     for number, job in enumerate(planned):
         if job.name in done:
             continue

@@ -63,7 +63,24 @@ def test_a_comparison_that_fails_goes_on_with_the_job_that_failed(monkeypatch, t
     assert (tmp_path / "table.png").stat().st_size > 1000
 
 
-def test_an_unknown_row_is_named(tmp_path, capsys):
+def test_only_the_columns_that_are_asked_for_are_measured(monkeypatch, tmp_path):
+    calls = []
+    run_of(monkeypatch, calls)
+    arguments = ["--out", str(tmp_path), "--rows", "scratch,addp", "--seeds", "1", "--columns", "miou"]
+    miniature.main(arguments)
+    assert calls == ["judge", "tokenizer", "predictor", "addp_0", "segmentation_scratch_0", "segmentation_addp_0"]
+    assert (tmp_path / "table.md").read_text().startswith("| encoder | effective rank | mIoU, % |\n")
+
+
+@pytest.mark.parametrize(
+    "wrong, told",
+    [
+        (["--rows", "adp"], "--rows: adp; use scratch, mage, addp"),
+        (["--columns", "miou,ap"], "--columns: ap; use frechet, knn"),
+        (["--steps=3"], "--steps=3: use --config.FIELD=VALUE"),
+    ],
+)
+def test_a_wrong_argument_is_named(tmp_path, capsys, wrong, told):
     with pytest.raises(SystemExit):
-        miniature.main(["--out", str(tmp_path), "--rows", "adp"])
-    assert "adp: neither a row nor a field" in capsys.readouterr().err
+        miniature.main(["--out", str(tmp_path), *wrong])
+    assert told in capsys.readouterr().err
