@@ -20,7 +20,7 @@ from addp_jax.data import pipeline
 from addp_jax.ops import keys
 from addp_jax.weights import checkpoint, provenance
 
-SHOWN = 5  # differences, or class names, in a message
+SHOWN = 5  # class names in a message
 
 
 @schema.config
@@ -91,10 +91,8 @@ class Program:
         own = {"task": self.config.task, "model": schema.identity(self.task.config, "network")}
         if "model" in identity:  # imported weights have no record of their settings
             usual = schema.identity(type(self.task.config)(), "network")
-            saved = {"task": identity.get("task"), "model": _known(identity["model"], own["model"], usual)}
-            if lines := provenance.differences(saved, own):
-                shown = parameters.shortened(lines, SHOWN)
-                raise errors.UserError(f"{workdir} was trained with other settings ({shown}); use those of the run")
+            model = provenance.completed(identity["model"], own["model"], usual)
+            provenance.require_settings(workdir, {"task": identity.get("task"), "model": model}, own)
         params = weights.fit(params, self.params, workdir)
         print(f"{workdir}: parameters of step {info['step']}")
         return params, identity
@@ -281,13 +279,3 @@ def check_classes(where: str, recorded, source) -> None:
         f"config.data: {source!r} has {len(found)} classes, {where} {len(recorded)}: "
         f"this data {text or 'has them in another order'}"
     )
-
-
-def _known(saved, own: dict, usual):
-    """The fields of `saved` that `own` names; what a run of an earlier version did not have yet is as `usual`."""
-    if not isinstance(saved, dict):
-        return saved
-    usual = usual if isinstance(usual, dict) else {}
-    saved = {name: usual[name] for name in own if name in usual} | saved
-    shared = {name: (saved[name], own[name], usual.get(name)) for name in own if name in saved}
-    return {name: _known(*each) if isinstance(each[1], dict) else each[0] for name, each in shared.items()}

@@ -11,7 +11,7 @@ import programs
 import pytest
 from PIL import Image
 
-from addp_jax import errors, program, schema
+from addp_jax import errors, program, schema, weights
 from addp_jax.data import pack
 from addp_jax.generation import generate
 from addp_jax.training import evaluate, loop
@@ -234,3 +234,16 @@ def test_fields_that_a_run_of_an_earlier_version_lacks_are_taken_for_their_defau
     program.create(config("demo_addp", trained)).read(str(trained / "addp"))
     with pytest.raises(errors.UserError, match=r"other settings \(model.mapping was 'expected', is 'drawn'\)"):
         program.create(config("demo_addp", trained, model__mapping="drawn")).read(str(trained / "addp"))
+
+
+def test_a_frozen_network_of_an_earlier_version_has_the_defaults_of_the_fields_that_it_lacks(trained, monkeypatch):
+    read = weights.read_with_identity
+
+    def earlier(*arguments):
+        networks, identity = read(*arguments)
+        net = {name: value for name, value in identity["model"]["net"].items() if name != "vocab_size"}
+        return networks, identity | {"model": identity["model"] | {"net": net}}
+
+    monkeypatch.setattr(weights, "read_with_identity", earlier)
+    with pytest.raises(errors.UserError, match=r"predictor_weights .* other settings \(vocab_size was 2025, is 36\)"):
+        program.create(config("demo_addp", trained)).task.load_frozen()

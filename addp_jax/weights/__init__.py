@@ -6,7 +6,6 @@ import os
 
 import jax
 import numpy as np
-from flax import traverse_util
 
 from addp_jax import errors, parameters, schema
 from addp_jax.weights import buckets, checkpoint, dense, layouts, provenance
@@ -49,7 +48,10 @@ def load(path: str, network: str, init, config, field: str, tokenizer: dict | No
         raise errors.UserError(f"{field}: {path} holds {held}, not a {network}; {hint}")
     where = f"{field} ({path})"
     loaded = parameters.match(params[network], jax.eval_shape(init, jax.random.key(0)), where=where)
-    check_settings(identity, config, where)
+    saved = identity.get("model", {}).get("net")
+    if isinstance(saved, dict):  # imported weights have no record of their settings
+        own, usual = (schema.identity(each, "network") for each in (config, type(config)()))
+        provenance.require_settings(where, provenance.completed(saved, own, usual), own)
     check_frozen(where, identity, {} if tokenizer is None else {"tokenizer": tokenizer})
     return loaded
 
@@ -60,19 +62,6 @@ def check_frozen(where: str, identity: dict, networks: dict) -> None:
         expected = identity.get("frozen", {}).get(name)
         if expected and parameters.content_hash(params) != expected:
             raise errors.UserError(f"{where} was trained with another {name} than the one given")
-
-
-def check_settings(identity: dict, config, where: str, names=None) -> None:
-    """Raises UserError if a run, by its `identity`, trained a network of other settings (of `names`) than `config`."""
-    saved = identity.get("model", {}).get("net")
-    if not isinstance(saved, dict):  # imported weights have no record of their settings
-        return
-    own = traverse_util.flatten_dict(schema.identity(config, "network"), sep=".")
-    saved = traverse_util.flatten_dict(saved, sep=".")
-    both = [name for name in own if name in saved and (names is None or name.split(".")[-1] in names)]
-    if lines := provenance.differences(*({name: fields[name] for name in both} for fields in (saved, own))):
-        text = parameters.shortened(lines, 5)
-        raise errors.UserError(f"{where} was trained with other settings ({text}); use those of the run")
 
 
 def read(path: str, wanted=None, field: str = "") -> dict[str, dict]:

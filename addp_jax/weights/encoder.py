@@ -9,7 +9,7 @@ import numpy as np
 
 from addp_jax import errors, parameters, weights
 from addp_jax.models import beit, token_predictor, vit, vitdet
-from addp_jax.weights import buckets
+from addp_jax.weights import buckets, provenance
 
 # Networks with such an encoder, by what it reads; the first is the one that pre-training makes.
 HOLDERS = {"pixels": ("pixel_to_token", "classifier", "vit"), "tokens": ("token_predictor", "classifier")}
@@ -60,7 +60,8 @@ def load(
         encoder = of_predictor(params[holder], net, expected["token_embed"].shape[0], where)
     if not holder or reads(encoder) != kind:
         raise errors.UserError(f"{field}: {path} holds {described(params or weights.read(path), kind)}; {hint}")
-    weights.check_settings({"model": {"net": net.get("encoder")}}, config, where, names=SETTINGS)
+    saved = {name: value for name, value in (net.get("encoder") or {}).items() if name in SETTINGS}
+    provenance.require_settings(where, saved, {name: getattr(config, name) for name in saved})
     weights.check_frozen(where, identity, frozen or {})
     encoder = encoder | {"pos_embed": vit.resize_pos_embed(encoder["pos_embed"], config.length)}
     return parameters.match(encoder, expected, where=where, allow_missing=FRESH, allow_unexpected=OPTIONAL)

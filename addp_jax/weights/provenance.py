@@ -17,6 +17,7 @@ from addp_jax import errors, files, parameters, processes
 from addp_jax.weights import manifest
 
 NAME = "identity.json"
+SHOWN = 5  # differences in a message
 LOCATION = "location"  # the part of an identity that says where the data lay, and is not compared
 
 
@@ -53,6 +54,23 @@ def _change(old, new) -> str:
     return f"was a list of {len(old)}, is one of {len(new)} ({', '.join(parts) or 'in another order'})"
 
 
+def completed(saved, own: dict, usual):
+    """The fields of `saved` that `own` names; what a run of an earlier version did not have yet is as `usual`."""
+    if not isinstance(saved, dict):
+        return saved
+    usual = usual if isinstance(usual, dict) else {}
+    saved = {name: usual[name] for name in own if name in usual} | saved
+    shared = {name: (saved[name], own[name], usual.get(name)) for name in own if name in saved}
+    return {name: completed(*each) if isinstance(each[1], dict) else each[0] for name, each in shared.items()}
+
+
+def require_settings(where: str, saved: dict, own: dict) -> None:
+    """Raises UserError unless the run in `where`, whose settings are `saved`, has those of the config, `own`."""
+    if lines := differences(saved, own):
+        shown = parameters.shortened(lines, SHOWN)
+        raise errors.UserError(f"{where} was trained with other settings ({shown}); use those of the run")
+
+
 def find(root: pathlib.Path, folders: list[pathlib.Path]) -> tuple[dict | None, pathlib.Path | None]:
     """(identity, folder) of the first of the steps `folders` that has it, or of `root`; (None, None) without any.
 
@@ -87,7 +105,7 @@ def require(root: pathlib.Path, steps: list[pathlib.Path], text: str, writes: bo
     saved, source = find(root, steps) if steps else (None, None)
     lines = differences(saved, identity) if saved is not None else []
     if lines:
-        advice = parameters.shortened(lines, 5)
+        advice = parameters.shortened(lines, SHOWN)
         raise errors.UserError(f"{root} holds checkpoints of another run ({advice}); use another workdir")
     processes.agreed(True)  # all have read it
     if writes and source != root:
