@@ -142,7 +142,8 @@ def table(figures: dict[str, dict[str, list[float]]], seeds: int, hours: float) 
     for row, values in figures.items():
         cells = (np.array(values[column]) * COLUMNS[column][1] for column in columns)
         lines.append([row, *(f"{cell.mean():.1f} ± {cell.std():.1f}" if len(cell) else "" for cell in cells)])
-    about = f"Mean and standard deviation of {seeds} seeds; MAGE's pre-training has one. {hours:.1f} hours in all."
+    about = f"Mean and standard deviation of {seeds} seeds, but of one pre-training of MAGE and one untrained encoder."
+    about += f" {hours:.1f} hours in all."
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{about}\n"
 
 
