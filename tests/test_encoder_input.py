@@ -182,6 +182,20 @@ def test_what_reads_something_else_is_refused(predictor, task, run, tmp_path):
         make("classification", model__encoder_weights=other).load_pretrained()
 
 
+@pytest.mark.parametrize("encoder", [None, "torn", {"other": 1}])
+def test_a_record_without_the_encoders_settings_refuses_nothing(encoder, task, tmp_path):
+    params, identity = jax.tree.map(np.asarray, jit(task.init)(jax.random.key(0))), {"model": {"net": {"encoder": encoder}}}
+    checkpoint.save_params(str(tmp_path / "tuned"), params, identity)
+    make("segmentation", model__encoder_weights=str(tmp_path / "tuned")).load_pretrained()
+
+
+def test_another_number_of_heads_is_refused(task, tmp_path):
+    params = jax.tree.map(np.asarray, jit(task.init)(jax.random.key(0)))
+    checkpoint.save_params(str(tmp_path / "tuned"), params, {"model": {"net": {"encoder": {"heads": 3}}}})
+    with pytest.raises(errors.UserError, match=f"{FIELD} .*trained with other settings \\(heads was 3, is "):
+        make("segmentation", model__encoder_weights=str(tmp_path / "tuned")).load_pretrained()
+
+
 def test_a_weight_file_of_mage(tmp_path):
     """Its vocabulary has the released rows: 1024 codes, and the class slot at 1100."""
     small = {"width": 16, "depth": 2, "heads": 2}

@@ -60,8 +60,10 @@ def load(
         encoder = of_predictor(params[holder], net, expected["token_embed"].shape[0], where)
     if not holder or reads(encoder) != kind:
         raise errors.UserError(f"{field}: {path} holds {described(params or weights.read(path), kind)}; {hint}")
-    saved = {name: value for name, value in (net.get("encoder") or {}).items() if name in SETTINGS}
-    provenance.require_settings(where, saved, {name: getattr(config, name) for name in saved})
+    if isinstance(saved := net.get("encoder"), dict):  # imported weights have no record of their settings
+        known = [name for name in SETTINGS if name in saved]
+        own = {name: getattr(config, name) for name in known}
+        provenance.require_settings(where, {name: saved[name] for name in known}, own)
     weights.check_frozen(where, identity, frozen or {})
     encoder = encoder | {"pos_embed": vit.resize_pos_embed(encoder["pos_embed"], config.length)}
     return parameters.match(encoder, expected, where=where, allow_missing=FRESH, allow_unexpected=OPTIONAL)
