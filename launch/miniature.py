@@ -37,6 +37,7 @@ ADDP = {  # rows that are runs of ADDP: what their config has of its own
 ROWS = ("scratch", "mage", *ADDP)
 COLUMNS = {  # name, what the log's value is multiplied by, which is better
     "frechet": ("Frechet distance", 1, "lower"),
+    "class_score": ("class score of samples", 1, "higher"),
     "knn": ("frozen, 20-NN, %", 100, "higher"),
     "probe": ("frozen, probe, %", 100, "higher"),
     "rank": ("effective rank", 1, "higher"),
@@ -47,7 +48,6 @@ COLUMNS = {  # name, what the log's value is multiplied by, which is better
     "miou": ("mIoU, %", 100, "higher"),
 }
 RELEASED = {"model.sampler.top_p": 1.0, "model.sampler.temperature": 6.0, "model.sampler.guidance": 0.0}  # its sampler
-SCRATCH_LR = {"optim.base_lr": 0.008}  # a third of what suits a pre-trained encoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,20 +87,23 @@ def jobs(out: pathlib.Path, rows: list[str], seeds: int) -> Iterator[Job]:
         if encoder:
             stage, frozen = ("demo_predictor", tokens) if row == "mage" else ("demo_addp", average | nets | ADDP[row])
             sampling = {"generate.sweep": "steps=20", "evaluate.features": judge, "evaluate.seed": seed}
-            job = measured("samples", stage, 3, frozen | RELEASED | sampling, {"frechet": "frechet_2k"})
+            judged = {"frechet": "frechet_2k", "class_score": "class_score_2k"}
+            job = measured("samples", stage, 3, frozen | RELEASED | sampling, judged)
             yield dataclasses.replace(job, sampled=encoder)
         probe, frozen = "demo_probe", {"model.encoder_weights": encoder or "random"}
         if row == "mage":
             probe, frozen = "demo_token_probe", nets
         frozen = frozen | {"model.cache": str(out / "features")}
         yield measured("probe", probe, 1, frozen, {"knn": "eval/knn_top1", "probe": "eval/top1"})
-        scratch_lr = {} if encoder else SCRATCH_LR
         for labels, steps in ((10, 100), (100, 400)):
-            name, few = f"top1_{labels}", scratch_lr | {"data.num_train": 8 * labels} | length(steps)
+            name, few = f"top1_{labels}", {"optim.base_lr": 0.008, "data.num_train": 8 * labels} | length(steps)
             yield measured(name, "demo_classification", 0.6 + steps / 220, reading | few, {name: "eval/top1"})
         found = {"box_ap": "eval/bbox_AP", "mask_ap": "eval/segm_AP"}
-        yield measured("detection", "demo_detection", 6, reading | length(300) | {"eval_batches": 0}, found)
-        yield measured("segmentation", "demo_segmentation", 5, reading | length(500), {"miou": "eval/mIoU"})
+        small = {"model.net.encoder.image_size": 64}  # pixels, as in pre-training
+        anchors = {"model.anchor_sizes": (8.0, 16.0, 32.0, 64.0, 128.0)}
+        detecting = reading | small | anchors | length(400) | {"eval_batches": 0, "data.num_eval": 200}
+        yield measured("detection", "demo_detection", 5, detecting, found)
+        yield measured("segmentation", "demo_segmentation", 4, reading | small | length(1000), {"miou": "eval/mIoU"})
 
 
 def length(steps: int) -> dict[str, int]:
@@ -141,7 +144,7 @@ def table(figures: dict[str, dict[str, list[float]]], seeds: int, hours: float) 
     lines = [["encoder", *(COLUMNS[column][0] for column in columns)], ["---"] * (1 + len(columns))]
     for row, values in figures.items():
         cells = (np.array(values[column]) * COLUMNS[column][1] for column in columns)
-        lines.append([row, *(f"{cell.mean():.1f} ± {cell.std():.1f}" if len(cell) else "" for cell in cells)])
+        lines.append([row, *(f"{cell.mean():.2f} ± {cell.std():.2f}" if len(cell) else "" for cell in cells)])
     about = f"Mean and standard deviation of {seeds} seeds, but of one pre-training of MAGE and one untrained encoder."
     about += f" {hours:.1f} hours in all."
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{about}\n"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs if need be, then compares encoders on generated shapes: see miniature.py, or --help.
 #
-#   launch/miniature.sh [--out FOLDER] [--rows ROW,...] [--seeds N] [--config.FIELD=VALUE...]
+#   launch/miniature.sh [--out FOLDER] [--rows ROW,...] [--columns COLUMN,...] [--seeds N] [--config.FIELD=VALUE...]
 set -euo pipefail
 # shellcheck source=launch/here.sh
 . "$(dirname "$0")/here.sh"
